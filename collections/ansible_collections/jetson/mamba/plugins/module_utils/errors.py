@@ -1,0 +1,29 @@
+"""The one shape of every message that ends a run: what was found, what was expected, what to do next."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+
+class Problem(Exception):
+    """Something that forbids going on.
+
+    Args:
+        found: what was met, with the value.
+        expected: what would have been right.
+        next_step: what the person who reads this should do.
+    """
+
+    def __init__(self, found: str, expected: str, next_step: str) -> None:
+        super().__init__(found)
+        self.found = found
+        self.expected = expected
+        self.next_step = next_step
+
+    def render(self) -> str:
+        """Return the message as people see it, three labelled lines."""
+        return "found:    %s\nexpected: %s\nnext:     %s" % (self.found, self.expected, self.next_step)
+
+    def as_dict(self) -> Dict[str, str]:
+        """Return the message as plain data (keys found, expected, next)."""
+        return {"found": self.found, "expected": self.expected, "next": self.next_step}
