@@ -1,0 +1,181 @@
+"""Check the settings, survey the device, and decide what forbids the run and what there is to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.jetson.mamba.plugins.module_utils import plan
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import Wishes, read_platforms
+
+display = Display()
+# names with a role's prefix that are no role's option: facts and registers of our own roles
+INTERNAL = ("jetson_platform_plan", "jetson_mamba_serial")
+
+
+def render(problems: list[dict[str, str]]) -> str:
+    """Return all problems as people read them."""
+    lines = [f"{len(problems)} problem(s) forbid this run; nothing was changed on this host."]
+    for number, item in enumerate(problems, start=1):
+        lines += [
+            f"{number}. {item['outcome']}",
+            f"   found:    {item['found']}",
+            f"   expected: {item['expected']}",
+            f"   next:     {item['next']}",
+        ]
+    return "\n".join(lines)
+
+
+class ActionModule(ActionBase):
+    """Controller side of jetson.mamba.plan; the device is asked once, by jetson.mamba.device_state."""
+
+    _requires_connection = True
+
+    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return {jetson_mamba_plan}, or fail with every problem found."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        roles = Path(self._task.args["roles"])
+        purpose = self._task.args.get("purpose", "provision")
+        try:
+            settings, problems = self._settings(roles, task_vars)
+            rows = settings["jetson_platform_rows"]
+            problems += checks.check_rows(rows, "jetson_platform_rows") if not problems else []
+            if problems:
+                return self._refuse(result, problems)
+            survey = self._survey(settings, roles, task_vars)
+            if survey.get("failed") or survey.get("unreachable"):
+                result.update(survey)
+                return result
+            made, problems = self._plan(settings, survey["state"], rows, roles, purpose)
+        except Problem as refusal:
+            return self._refuse(result, [dict(refusal.as_dict(), outcome="jetson_platform")])
+        if made is None or (problems and purpose == "provision"):
+            return self._refuse(result, problems)
+        made["problems"] = problems
+        result.update(changed=False, jetson_mamba_plan=made, purpose=purpose)
+        return result
+
+    @staticmethod
+    def _refuse(result: dict[str, Any], problems: list[dict[str, str]]) -> dict[str, Any]:
+        result.update(failed=True, msg=render(problems), problems=problems)
+        return result
+
+    def _settings(self, roles: Path, task_vars: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        """Return the effective variables of all roles, and every problem of theirs."""
+        specs = checks.read_role_specs(roles)
+        problems = checks.find_unknown_variables(task_vars, specs, INTERNAL)
+        settings: dict[str, Any] = {}
+        for role, options in specs.items():
+            values = yaml.safe_load((roles / role / "defaults" / "main.yml").read_text(encoding="utf-8")) or {}
+            values["source_patches_root" if role == "source_patches" else ""] = str(roles.parent / "files" / "patches")
+            values.pop("", None)
+            values.update({name: self._templar.template(task_vars[name]) for name in options if name in task_vars})
+            checked = ArgumentSpecValidator(options).validate(values)
+            for message in checked.error_messages:
+                problems.append(
+                    checks.problem(
+                        f"role {role}: {message}",
+                        "a value as roles/%s/meta/argument_specs.yml describes it" % role,
+                        "correct it where it is set (inventory, group_vars or -e)",
+                        role,
+                    )
+                )
+            settings.update(checked.validated_parameters)
+        return settings, problems
+
+    def _survey(self, settings: dict[str, Any], roles: Path, task_vars: dict[str, Any]) -> dict[str, Any]:
+        root = settings["jetson_platform_root"]
+        arguments = {
+            "root": root,
+            "build_root": settings["jetson_platform_build_root"] or os.path.join(root, "build"),
+            "tmp_root": settings["jetson_platform_tmp_root"] or os.path.join(root, "tmp"),
+            "scope": settings["jetson_platform_scope"],
+            "hash_packages": ["causal-conv1d", "mamba-ssm"],
+            "site_files": self._site_files(roles),
+            "config_files": [
+                "/etc/profile.d/jetson-mamba-cuda.sh",
+                "/etc/ssh/sshd_config.d/60-jetson-mamba.conf",
+                "/etc/ld.so.conf.d/jetson-mamba-cuda.conf",
+                "/etc/jetson-mamba/cuda.env",
+            ],
+        }
+        answer: dict[str, Any] = self._execute_module(
+            module_name="jetson.mamba.device_state", module_args=arguments, task_vars=task_vars
+        )
+        return answer
+
+    @staticmethod
+    def _site_files(roles: Path) -> list[str]:
+        """Return every path below a site folder that some series patches or that the shim puts there."""
+        names = {"jetson_mamba_shim.pth", "jetson_mamba_shim.py"}
+        for series in (roles.parent / "files" / "patches").glob("*/*/series.yml"):
+            data = yaml.safe_load(series.read_text(encoding="utf-8")) or {}
+            names.update(patch["target"] for patch in data.get("patches", []) if "target" in patch)
+        return sorted(names)
+
+    def _plan(
+        self, settings: dict[str, Any], state: dict[str, Any], rows: list[Any], roles: Path, purpose: str
+    ) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+        match = plan.match_platform(state, [*rows, *read_platforms()])
+        if match.row is None:
+            return None, [match.problem] if match.problem else []
+        row = match.row
+        cache = Path(settings["jetson_platform_cache"] or "~/.cache/jetson-mamba").expanduser()
+        wishes = Wishes(row, state, settings, Path(settings["source_patches_root"]), cache, display.display)
+        scope = wishes.scope
+        paths = plan.make_paths(row, state, settings, wishes.env_id)
+        wanted = wishes.wanted(paths)
+        work = plan.find_work(state, paths, scope, wanted)
+        site = plan.surveyed_site(state, paths, scope)
+        problems = wishes.problems + plan.find_problems(row, state, settings, self._needs(wishes, work), work)
+        problems += plan.find_patch_problems(site, wanted) + plan.find_foreign_problems(site, work, row["machine"])
+        outcomes = list(dict.fromkeys(item["outcome"] for item in work))
+        if scope == "venv" and state["environments"]["current"] != os.path.join("envs", wishes.env_id):
+            outcomes.append("activation")
+        made = {
+            "schema": plan.SCHEMA,
+            "platform": row,
+            "class_id": wishes.class_id,
+            "scope": scope,
+            "user": state["user"],
+            "paths": paths,
+            "versions": {name: data["version"] for name, data in wishes.components.items()},
+            "keys": {name: data["key"] for name, data in wishes.components.items()},
+            "wheels": wanted["wheels"],
+            "constraints": wishes.constraints(),
+            "artefacts": {
+                "lock": str(wishes.lock),
+                "target": wishes.target._asdict(),
+                "extra": wishes.extra,
+                "cache": str(wishes.cache),
+            },
+            "l4t": state["l4t"]["release"],
+            "work": work,
+            "outcomes": outcomes,
+            "problems": [],
+        }
+        return made, problems
+
+    @staticmethod
+    def _needs(wishes: Wishes, work: list[dict[str, Any]]) -> dict[str, Any]:
+        outcomes = {item["outcome"] for item in work}
+        builds = [data for name, data in wishes.components.items() if name in outcomes]
+        packed = wishes.packed_mb()
+        environment = wishes.installed_mb() if "torch_jetpack" in outcomes else 0
+        return {
+            "disk_mb": {
+                "root": environment + 200,
+                "build": max([data["disk_mb"] for data in builds], default=0),
+                "tmp": (packed if "torch_jetpack" in outcomes else 0) + 100,
+            },
+            "build_memory_mb": {name: data["memory_mb"] for name, data in wishes.components.items()},
+            "libraries": wishes.libraries(),
+        }

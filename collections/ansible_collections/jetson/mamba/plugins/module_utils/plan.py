@@ -1,0 +1,524 @@
+"""Decide, from what is there and what is wanted, what forbids a run and what there is to do. Pure functions."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from ansible_collections.jetson.mamba.plugins.module_utils.records import canonical_name
+from ansible_collections.jetson.mamba.plugins.module_utils.versions import same_version
+
+SCHEMA = 1
+# a device whose clock is before this (a Jetson without RTC battery starts in 1970) makes zip files and TLS fail
+OLDEST_CLOCK = 1704067200  # 2024-01-01 UTC
+# pip unpacks beside the downloaded wheel, so an environment needs its own size and a bit at once
+MEMORY_FOR_INSTALL_MB = 700
+# the order in which outcomes are realised
+OUTCOMES = (
+    "jetson_platform",
+    "cuda_env",
+    "torch_jetpack",
+    "causal_conv1d",
+    "mamba_ssm",
+    "sitecustomize",
+    "source_patches",
+)
+Row = Dict[str, Any]
+
+
+def problem(outcome: str, found: str, expected: str, next_step: str) -> Dict[str, str]:
+    """Return one reason that forbids a run, as plain data."""
+    return {"outcome": outcome, "found": found, "expected": expected, "next": next_step}
+
+
+class Match(NamedTuple):
+    """A platform row that fits a device, or the problem that none does."""
+
+    row: Optional[Row]
+    problem: Optional[Dict[str, str]]
+
+
+def describe_rows(rows: Sequence[Row]) -> str:
+    """Return the known platforms in one line."""
+    return "; ".join(
+        "%s (L4T %s on %s)" % (row["id"], ", ".join(row["l4t"]), "/".join(row["soc"]))
+        for row in rows
+        if not row.get("unsupported")
+    )
+
+
+def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
+    """Return the first row whose L4T patterns, SoC list and machine fit the device.
+
+    A row that fits all but the machine, or that says `unsupported`, gives a problem.
+    """
+    release, soc = state["l4t"]["release"], state["soc"]["soc"]
+    if not release and not any("none" in row["l4t"] for row in rows):
+        return Match(
+            None,
+            problem(
+                "jetson_platform",
+                "no L4T release: /etc/nv_tegra_release is absent or unreadable (first line: %r) and the package "
+                "nvidia-l4t-core is not installed" % state["l4t"]["text"],
+                "a flashed Jetson, or a row in jetson_platform_rows with l4t: [none] for another machine",
+                "check that this host is a Jetson; if its release file was damaged, reinstall nvidia-l4t-core",
+            ),
+        )
+    wrong_machine: Optional[Row] = None
+    for row in rows:
+        if not any(fnmatch.fnmatchcase(release or "none", str(pattern)) for pattern in row["l4t"]):
+            continue
+        if "any" not in row["soc"] and soc not in row["soc"]:
+            continue
+        if row.get("unsupported"):
+            return Match(
+                None,
+                problem(
+                    "jetson_platform",
+                    "L4T %s (JetPack %s)" % (release, row.get("jetpack")),
+                    "one of: " + describe_rows(rows),
+                    row["unsupported"],
+                ),
+            )
+        if row["machine"] != state["machine"]:
+            wrong_machine = wrong_machine or row
+            continue
+        return Match(row, None)
+    if wrong_machine:
+        return Match(
+            None,
+            problem(
+                "jetson_platform",
+                "machine %s with L4T %s" % (state["machine"], release),
+                "machine %s, as platform row %s says" % (wrong_machine["machine"], wrong_machine["id"]),
+                "correct the row's machine, or take this host out of the inventory",
+            ),
+        )
+    return Match(
+        None,
+        problem(
+            "jetson_platform",
+            "L4T %s on %s (%s)" % (release, soc or "an unknown SoC", state["soc"]["model"]),
+            "one of: " + describe_rows(rows),
+            "flash a supported JetPack, or describe this one as a row in jetson_platform_rows (CONTRIBUTING.md)",
+        ),
+    )
+
+
+def class_id(row: Row, state: Dict[str, Any], torch_version: str) -> str:
+    """Return the platform class: everything that a binary needs of this host, and no more.
+
+    The L4T release is not part of it: an apt upgrade compiles nothing.
+    """
+    sm = str(row["sm"])
+    return "-".join(
+        [
+            row["machine"],
+            "glibc%s" % state["glibc"],
+            "cu%s" % row["cuda"],
+            "cp%s" % str(row["python"]).replace(".", ""),
+            "torch%s" % torch_version,
+            "cxx11" if row.get("cxx11_abi", True) else "cxx98",
+            sm if sm == "cpu" else "sm%s" % sm,
+        ]
+    )
+
+
+def env_id(row: Row, torch_version: str, wanted: Any) -> str:
+    """Return the name of the environment's folder: readable, and a digest of everything wanted inside."""
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode("utf-8")).hexdigest()[:10]
+    return "torch%s-cp%s-%s" % (torch_version.split("+")[0], str(row["python"]).replace(".", ""), digest)
+
+
+def find_interpreter(state: Dict[str, Any], version: str) -> Optional[Dict[str, Any]]:
+    """Return the surveyed interpreter of a version such as "3.10", or None."""
+    for facts in state["interpreters"]:
+        if facts["version"].split(".")[:2] == version.split("."):
+            return dict(facts)
+    return None
+
+
+def make_paths(row: Row, state: Dict[str, Any], settings: Dict[str, Any], env_name: str) -> Dict[str, Any]:
+    """Return the folders of this host (see docs/architecture.md); None for an interpreter that is absent."""
+    root = settings["jetson_platform_root"]
+    python = find_interpreter(state, str(row["python"])) or {}
+    paths = {
+        "root": root,
+        "build": settings["jetson_platform_build_root"] or os.path.join(root, "build"),
+        "tmp": settings["jetson_platform_tmp_root"] or os.path.join(root, "tmp"),
+        "base_python": python.get("path"),
+        "cuda_home": settings.get("cuda_env_home") or find_cuda_home(row, state),
+    }
+    if settings["jetson_platform_scope"] == "user":
+        paths.update(
+            env=python.get("user_base"),
+            python=python.get("path"),
+            site_packages=python.get("user_site"),
+            state=os.path.join(root, "state", "user"),
+        )
+    else:
+        env = os.path.join(root, "envs", env_name)
+        paths.update(
+            env=env,
+            python=os.path.join(env, "bin", "python"),
+            site_packages=os.path.join(env, "lib", "python%s" % row["python"], "site-packages"),
+            state=os.path.join(root, "state", env_name),
+        )
+    return paths
+
+
+def find_cuda_home(row: Row, state: Dict[str, Any]) -> str:
+    """Return the folder of the toolkit that the row wants: a surveyed one, else where apt would put it."""
+    for toolkit in state["cuda"]["toolkits"]:
+        if short_cuda(toolkit["version"]) == str(row["cuda"]):
+            return str(toolkit["path"])
+    return "/usr/local/cuda-%s" % row["cuda"]
+
+
+def short_cuda(version: Optional[str]) -> Optional[str]:
+    """Return major.minor of a full CUDA version ("12.6.68" -> "12.6")."""
+    return ".".join(version.split(".")[:2]) if version else None
+
+
+def find_problems(
+    row: Row, state: Dict[str, Any], settings: Dict[str, Any], needs: Dict[str, Any], work: Sequence[Dict[str, Any]]
+) -> List[Dict[str, str]]:
+    """Return everything on the device that forbids a run, all at once.
+
+    Args:
+        row: the platform row.
+        state: the survey.
+        settings: effective variables of all roles.
+        needs: {disk_mb, build: {components that need compiling}, memory_mb, libraries: [sonames]}.
+        work: what there is to do; disk and memory are only asked for where there is work.
+    """
+    outcomes = {item["outcome"] for item in work}
+    return (
+        _python_problems(row, state, settings)
+        + _compiler_problems(row, state, settings)
+        + _cuda_problems(row, state, settings)
+        + _library_problems(state, settings, needs)
+        + _disk_problems(state, needs, bool(outcomes))
+        + _memory_problems(state, needs, outcomes)
+        + _clock_problems(state)
+    )
+
+
+def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
+    version = str(row["python"])
+    python = find_interpreter(state, version)
+    if python is None:
+        found = ", ".join(facts["version"] for facts in state["interpreters"]) or "no python3 at all"
+        return [
+            problem(
+                "torch_jetpack",
+                "Python %s" % found,
+                "Python %s, for which the platform's torch (%s) is made" % (version, row["id"]),
+                "install it: sudo apt-get install python%s" % version,
+            )
+        ]
+    problems = []
+    if settings["jetson_platform_scope"] == "user" and python["externally_managed"]:
+        problems.append(
+            problem(
+                "torch_jetpack",
+                "an EXTERNALLY-MANAGED marker in Python %s" % python["version"],
+                "a Python whose user site pip may write to (jetson_platform_scope is user)",
+                "use the default jetson_platform_scope: venv",
+            )
+        )
+    if not python["headers"]:
+        problems.append(
+            problem(
+                "mamba_ssm",
+                "no Python.h for Python %s" % version,
+                "the headers: extensions are compiled with them, and Triton compiles its launchers at run time",
+                "install them: sudo apt-get install python%s-dev" % version,
+            )
+        )
+    return problems
+
+
+def _compiler_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
+    problems = []
+    missing = [name for name in ("gcc", "g++") if not state["tools"].get(name)]
+    if missing:
+        problems.append(
+            problem(
+                "mamba_ssm",
+                "no %s" % " and no ".join(missing),
+                "a C and C++ compiler: extensions are compiled, and Triton compiles its launchers at run time",
+                "install it: sudo apt-get install build-essential",
+            )
+        )
+    if not state["tools"].get("patch"):
+        problems.append(
+            problem(
+                "source_patches",
+                "no patch",
+                "GNU patch, which applies the source patches",
+                "install it: sudo apt-get install patch",
+            )
+        )
+    return problems
+
+
+def _cuda_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
+    wanted = str(row["cuda"])
+    if wanted == "none" or settings.get("cuda_env_install"):
+        return []
+    package = "cuda-toolkit-%s" % wanted.replace(".", "-")
+    found = {short_cuda(toolkit["version"]): toolkit for toolkit in state["cuda"]["toolkits"]}
+    if wanted not in found:
+        described = ", ".join("%s (%s)" % (t["version"], t["path"]) for t in state["cuda"]["toolkits"])
+        return [
+            problem(
+                "cuda_env",
+                "CUDA toolkit: %s" % (described or "none under /usr/local"),
+                "CUDA %s, as platform %s has" % (wanted, row["id"]),
+                "install it: sudo apt-get install %s, or let the run do it: -e cuda_env_install=true" % package,
+            )
+        ]
+    if str(row["sm"]) != "cpu" and not found[wanted]["nvcc"]:
+        return [
+            problem(
+                "cuda_env",
+                "no bin/nvcc in %s" % found[wanted]["path"],
+                "the CUDA compiler",
+                "install it: sudo apt-get install cuda-nvcc-%s, or let the run do it: -e cuda_env_install=true"
+                % wanted.replace(".", "-"),
+            )
+        ]
+    return []
+
+
+def _library_problems(state: Dict[str, Any], settings: Dict[str, Any], needs: Dict[str, Any]) -> List[Dict[str, str]]:
+    if settings.get("torch_jetpack_install_libraries"):
+        return []
+    missing = {name: package for name, package in needs.get("libraries", {}).items() if name not in state["libraries"]}
+    if not missing:
+        return []
+    return [
+        problem(
+            "torch_jetpack",
+            "the linker finds no %s" % ", ".join(sorted(missing)),
+            "the libraries that the torch wheel is linked with",
+            "install them: sudo apt-get install %s, or let the run do it: -e torch_jetpack_install_libraries=true"
+            % " ".join(sorted(set(missing.values()))),
+        )
+    ]
+
+
+def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool) -> List[Dict[str, str]]:
+    problems = []
+    for name, disk in state["disk"].items():
+        if disk["read_only"]:
+            problems.append(
+                problem(
+                    "torch_jetpack",
+                    "%s is on a read-only file system" % disk["existing"],
+                    "a file system that can be written to",
+                    "remount it read-write (look into dmesg first: it may have been remounted after errors), "
+                    "or set jetson_platform_%sroot" % ("" if name == "root" else name + "_"),
+                )
+            )
+        elif has_work and disk["free_mb"] < needs["disk_mb"].get(name, 0):
+            problems.append(
+                problem(
+                    "torch_jetpack",
+                    "%d MB free at %s" % (disk["free_mb"], disk["existing"]),
+                    "%d MB for what this run puts there" % needs["disk_mb"][name],
+                    "free space there, or name a larger disk (NVMe): jetson_platform_%sroot"
+                    % ("" if name == "root" else name + "_"),
+                )
+            )
+    return problems
+
+
+def _memory_problems(state: Dict[str, Any], needs: Dict[str, Any], outcomes: Any) -> List[Dict[str, str]]:
+    wanted = MEMORY_FOR_INSTALL_MB if outcomes else 0
+    for name, megabytes in needs.get("build_memory_mb", {}).items():
+        if name in outcomes:
+            wanted = max(wanted, megabytes)
+    memory = state["memory"]
+    # zram is memory that is counted already
+    available = memory["available_mb"] + memory["swap_free_mb"]
+    if available >= wanted:
+        return []
+    return [
+        problem(
+            "torch_jetpack",
+            "%d MB of memory available (%d MB of it swap on disk)" % (available, memory["swap_free_mb"]),
+            "%d MB for what this run does" % wanted,
+            "stop what uses the memory (a desktop session takes about 1 GB), or add a swap file on NVMe",
+        )
+    ]
+
+
+def _clock_problems(state: Dict[str, Any]) -> List[Dict[str, str]]:
+    if state["clock"] >= OLDEST_CLOCK:
+        return []
+    return [
+        problem(
+            "jetson_platform",
+            "the clock stands %d days after 1970-01-01" % (state["clock"] // 86400),
+            "a clock that is right",
+            "set it: sudo timedatectl set-ntp true, or sudo date -s …; a Jetson without RTC battery forgets it",
+        )
+    ]
+
+
+def surveyed_site(state: Dict[str, Any], paths: Dict[str, Any], scope: str) -> Optional[Dict[str, Any]]:
+    """Return the survey of the site folder that `paths` names, or None where it is absent."""
+    if scope == "user":
+        return state["user_sites"].get(paths["base_python"])
+    return state["environments"]["venvs"].get(os.path.basename(paths["env"]))
+
+
+def find_work(
+    state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: Dict[str, Any]
+) -> List[Dict[str, Any]]:
+    """Return the outcomes that have work, in the order of the run, each with its reason.
+
+    Args:
+        state: the survey.
+        paths: this host's folders.
+        scope: venv or user.
+        wanted: {files: {path: sha256}, wheels: [{name, version}], config: {name: text},
+            components: {name: {version, key, minutes, disk_mb, reinstall}}, shim: {path: sha256 or None},
+            patches: {package: {path: {final, pristine}}}, minutes, disk_mb}.
+    """
+    site = surveyed_site(state, paths, scope)
+    work: List[Dict[str, Any]] = []
+
+    def add(outcome: str, reason: Optional[str], what: str, minutes: float = 0, disk_mb: int = 0) -> None:
+        if reason:
+            work.append(
+                {"outcome": outcome, "what": what, "reason": reason, "minutes": minutes, "disk_mb": disk_mb}
+            )
+
+    add("cuda_env", _file_reason(state["files"], wanted["files"]), "configure")
+    add(
+        "torch_jetpack",
+        _environment_reason(state, site, paths, scope, wanted),
+        "install",
+        wanted["minutes"],
+        wanted["disk_mb"],
+    )
+    for name, component in wanted["components"].items():
+        reason = _component_reason(site, name, component)
+        add(name, reason, "build", component["minutes"], component["disk_mb"])
+    rebuilt = {item["outcome"] for item in work}
+    shim_files = site["files"] if site else {}
+    add("sitecustomize", _file_reason(shim_files, wanted["shim"]), "configure")
+    for package, targets in wanted["patches"].items():
+        reason = _patch_reason(site, targets)
+        if reason is None and package in rebuilt and targets:
+            reason = "%s is installed anew" % package
+        add("source_patches", reason, "patch")
+    return work
+
+
+def _file_reason(found: Dict[str, Optional[str]], wanted: Dict[str, Optional[str]]) -> Optional[str]:
+    for path, digest in wanted.items():
+        if found.get(path) != digest:
+            name = os.path.basename(path)
+            if digest is None:
+                return "%s is there and shall not be" % name
+            return "%s is %s" % (name, "absent" if found.get(path) is None else "different")
+    return None
+
+
+def _environment_reason(
+    state: Dict[str, Any], site: Optional[Dict[str, Any]], paths: Dict[str, Any], scope: str, wanted: Dict[str, Any]
+) -> Optional[str]:
+    if not site or not site["exists"]:
+        others = sorted(
+            data["torch"]["version"] for data in state["environments"]["venvs"].values() if data.get("torch")
+        )
+        had = " (found: torch %s in another environment)" % ", ".join(others) if others else ""
+        return "no environment for this selection%s" % had
+    if not site["python_runs"]:
+        return "the environment's interpreter does not run"
+    for wheel in wanted["wheels"]:
+        installed = site["packages"].get(canonical_name(wheel["name"]))
+        if not installed:
+            return "%s is not installed" % wheel["name"]
+        if not same_version(installed["version"] or "", wheel["version"]):
+            return "%s %s found, %s wanted" % (wheel["name"], installed["version"], wheel["version"])
+        if installed["damage"]:
+            return "%s is damaged: %s" % (wheel["name"], installed["damage"])
+    for name, text in wanted["config"].items():
+        if site["config"].get(name) != text:
+            return "%s is %s" % (name, "different" if site["config"].get(name) else "absent")
+    return None
+
+
+def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict[str, Any]) -> Optional[str]:
+    installed = (site or {}).get("packages", {}).get(name)
+    if not site or not installed:
+        return "%s %s is not installed" % (name, component["version"])
+    if component.get("reinstall"):
+        return "%s_reinstall is set" % name
+    if not same_version(installed["version"] or "", component["version"]):
+        return "%s %s found, %s wanted" % (name, installed["version"], component["version"])
+    if installed["damage"]:
+        return "%s is damaged: %s" % (name, installed["damage"])
+    record = (site["records"] or {}).get(name)
+    if not record:
+        return "there is no record of how %s was built" % name
+    if record.get("key") != component["key"]:
+        return "%s was built from other inputs (key %s, wanted %s)" % (name, record.get("key"), component["key"])
+    return None
+
+
+def _patch_reason(site: Optional[Dict[str, Any]], targets: Dict[str, Dict[str, Any]]) -> Optional[str]:
+    pending = [
+        name for name, hashes in targets.items() if not site or site["files"].get(name) != hashes["final"]
+    ]
+    return "%d file(s) to patch: %s" % (len(pending), ", ".join(sorted(pending))) if pending else None
+
+
+def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> List[Dict[str, str]]:
+    """Return a problem per installed patch target whose checksum is neither pristine nor patched."""
+    problems = []
+    for package, targets in wanted["patches"].items():
+        component = wanted["components"].get(package, {})
+        for name, hashes in sorted(targets.items()):
+            found = ((site or {}).get("files") or {}).get(name)
+            if found is None or found in hashes["known"] or component.get("reinstall"):
+                continue
+            problems.append(
+                problem(
+                    "source_patches",
+                    "%s/%s has sha256 %s" % ((site or {})["site_packages"], name, found),
+                    "%s (as upstream ships it) or %s (patched): somebody changed this file"
+                    % (hashes["pristine"], hashes["final"]),
+                    "keep your change by copying the file away, then reinstall the package: -e %s_reinstall=true"
+                    % package,
+                )
+            )
+    return problems
+
+
+def find_foreign_problems(
+    site: Optional[Dict[str, Any]], work: Sequence[Dict[str, Any]], machine: str
+) -> List[Dict[str, str]]:
+    """Return a problem per shared library made for another machine, where no planned installation replaces it."""
+    damaged = " ".join(item["reason"] for item in work)
+    problems = []
+    for item in (site or {}).get("foreign", []):
+        if os.path.basename(item["path"]) in damaged:
+            continue
+        problems.append(
+            problem(
+                "torch_jetpack",
+                "%s is made for %s" % (item["path"], item["found"]),
+                "a library for %s" % machine,
+                "remove that file; if a package brought it, reinstall that package for this machine",
+            )
+        )
+    return problems

@@ -1,0 +1,89 @@
+#!/usr/bin/python
+# Copyright: the Jetson Mamba authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: device_state
+short_description: Read a device's whole state in one round trip
+description:
+  - Returns what is there, as plain data with a schema version, and changes nothing. Whether it is what is wanted is
+    decided elsewhere.
+version_added: 0.1.0
+author: The Jetson Mamba authors (@jetson-mamba)
+attributes:
+  check_mode:
+    description: It only reads.
+    support: full
+options:
+  root:
+    description: Folder of the environments on the device.
+    type: path
+    required: true
+  build_root:
+    description: Folder of the builds; its free space is read.
+    type: path
+    required: true
+  tmp_root:
+    description: Folder of transfers in flight; its free space is read.
+    type: path
+    required: true
+  scope:
+    description: Survey the user sites of the interpreters too (V(user)) or the environments only.
+    type: str
+    choices: [venv, user]
+    default: venv
+  hash_packages:
+    description: Distributions whose installed files are compared with RECORD by hash instead of by size.
+    type: list
+    elements: str
+    default: []
+  site_files:
+    description: Paths below each site folder whose sha256 is returned.
+    type: list
+    elements: str
+    default: []
+  config_files:
+    description: Absolute paths whose sha256 is returned.
+    type: list
+    elements: path
+    default: []
+"""
+
+EXAMPLES = r"""
+- name: Survey the device
+  jetson.mamba.device_state:
+    root: /opt/jetson-mamba
+    build_root: /opt/jetson-mamba/build
+    tmp_root: /opt/jetson-mamba/tmp
+"""
+
+RETURN = r"""
+state:
+  description: Everything that was read, schema 1 (see module_utils/state.py).
+  type: dict
+  returned: always
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.jetson.mamba.plugins.module_utils import state
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "required": True},
+            "build_root": {"type": "path", "required": True},
+            "tmp_root": {"type": "path", "required": True},
+            "scope": {"type": "str", "choices": ["venv", "user"], "default": "venv"},
+            "hash_packages": {"type": "list", "elements": "str", "default": []},
+            "site_files": {"type": "list", "elements": "str", "default": []},
+            "config_files": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, state=state.collect(**module.params))
+
+
+if __name__ == "__main__":
+    main()

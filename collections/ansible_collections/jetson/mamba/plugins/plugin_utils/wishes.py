@@ -1,0 +1,269 @@
+"""What a host is to hold: settings, platform row, locks, sources and patches brought together as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible_collections.jetson.mamba.plugins.module_utils import (
+    build,
+    cuda_env,
+    environment,
+    patches,
+    plan,
+    shim,
+    versions,
+)
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch, locks, patch_series, sources, wheel_libs
+
+DATA = Path(__file__).parent.parent / "data"
+COMPONENTS = ("causal_conv1d", "mamba_ssm")
+# a wheel's size on disk against its packed size, and the packed sizes where nothing is in the cache yet
+UNPACKED = 3.6
+Settings = Mapping[str, Any]
+Data = dict[str, Any]
+
+
+def read_platforms() -> list[Data]:
+    """Return the rows of data/platforms.yml."""
+    rows: list[Data] = yaml.safe_load((DATA / "platforms.yml").read_text(encoding="utf-8"))["platforms"]
+    return rows
+
+
+def lock_path(name: str) -> Path:
+    """Return the path of a lock: one of ours by its name, or the user's own by its path."""
+    return Path(name) if "/" in name else DATA / "locks" / name
+
+
+def choose_wheels(row: Data, settings: Settings) -> tuple[list[Data], list[dict[str, str]]]:
+    """Return the wheels that no lock names (torch, torchvision), each {name, version, url or path, sha256}, and problems.
+
+    A checksum that nobody has published is null in the row; the user gives it or accepts trust on first use.
+    """
+    problems = []
+    torch = dict(settings["torch_jetpack_wheel"] or row.get("torch") or {})
+    torchvision = dict(settings["torch_jetpack_torchvision"] or row.get("torchvision") or {})
+    if not torch:
+        problems.append(
+            plan.problem(
+                "torch_jetpack",
+                f"no torch wheel is known for platform {row['id']} (JetPack {row.get('jetpack', '?')})",
+                "a wheel with version, url or path, and sha256",
+                "name yours: torch_jetpack_wheel: {version: …, url: …, sha256: …}",
+            )
+        )
+    if torch and settings["torch_jetpack_sha256"]:
+        torch["sha256"] = settings["torch_jetpack_sha256"]
+    chosen = [dict(wheel, name=name) for name, wheel in (("torch", torch), ("torchvision", torchvision)) if wheel]
+    return chosen, problems
+
+
+def check_wheels(wheels: Sequence[Data], target: versions.Target, settings: Settings, cache: Path) -> list[Data]:
+    """Return a problem per wheel that is for another machine or Python, that is absent, or whose checksum is unknown."""
+    problems = []
+    for wheel in wheels:
+        filename = (wheel.get("path") or wheel["url"]).rsplit("/", 1)[-1]
+        try:
+            mismatch = versions.tag_mismatch(versions.parse_wheel_name(filename), target)
+        except ValueError as error:
+            mismatch = str(error)
+        if mismatch:
+            problems.append(
+                plan.problem(
+                    "torch_jetpack",
+                    f"{wheel['name']}: {filename}: {mismatch}",
+                    f"a wheel for {target.describe()}",
+                    f"name one that fits: torch_jetpack_{'wheel' if wheel['name'] == 'torch' else wheel['name']}",
+                )
+            )
+        elif wheel.get("path") and not Path(wheel["path"]).is_file():
+            problems.append(
+                plan.problem(
+                    "torch_jetpack",
+                    f"{wheel['name']}: there is no {wheel['path']} on the controller",
+                    "the wheel's file",
+                    "correct the path, or put the file there",
+                )
+            )
+        else:
+            try:
+                fetch.check_digest_known(wheel, cache, trust=bool(settings["torch_jetpack_trust_on_first_use"]))
+            except Problem as refusal:
+                problems.append(dict(refusal.as_dict(), outcome="torch_jetpack"))
+    return problems
+
+
+class Wishes:
+    """What one host is to hold, given its platform row.
+
+    Args:
+        row: the platform row that fits the host.
+        state: the survey.
+        settings: effective variables of all roles.
+        patch_root: folder of the patch series.
+        cache: the controller's artefact cache.
+        progress: called with a line of text while something is fetched.
+    """
+
+    def __init__(
+        self,
+        row: Data,
+        state: Data,
+        settings: Settings,
+        patch_root: Path,
+        cache: Path,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.row, self.state, self.settings = row, state, settings
+        self.cache = cache
+        self.target = versions.Target.from_dict(
+            {"machine": row["machine"], "python": row["python"], "glibc": state["glibc"] or "2.17"}
+        )
+        self.extra, self.problems = choose_wheels(row, settings)
+        self.problems += check_wheels(self.extra, self.target, settings, cache)
+        self.lock = lock_path(settings["torch_jetpack_lock"] or row["lock"])
+        self.locked = locks.read_lock(self.lock, self.target)
+        torch = next((wheel["version"] for wheel in self.extra if wheel["name"] == "torch"), "none")
+        self.class_id = plan.class_id(row, state, versions.pip_spelling(torch))
+        self.components = self._components(progress)
+        self.series = self._series(patch_root)
+        self.env_id = plan.env_id(
+            row,
+            torch,
+            {
+                "wheels": [[entry.name, entry.version, *entry.hashes] for entry in self.locked],
+                "extra": [[wheel["name"], wheel["version"], wheel.get("sha256")] for wheel in self.extra],
+                "components": {name: data["key"] for name, data in self.components.items()},
+                "scope": settings["jetson_platform_scope"],
+            },
+        )
+
+    def _components(self, progress: Callable[[str], None] | None) -> dict[str, Data]:
+        chosen = {}
+        kind = "cpu" if str(self.row["sm"]) == "cpu" else "cuda"
+        for name in COMPONENTS:
+            version = str(self.settings[f"{name}_version"])
+            try:
+                facts = components.find(name, version)
+                archive = sources.prepare(name, version, self.settings[f"{name}_source"] or None, self.cache, progress)
+            except Problem as refusal:
+                self.problems.append(dict(refusal.as_dict(), outcome=name))
+                continue
+            chosen[name] = {
+                "version": version,
+                "key": build.build_key(
+                    name,
+                    version,
+                    archive.sha256,
+                    self.class_id,
+                    str(self.row["sm"]),
+                    self.settings[f"{name}_build_flags"],
+                ),
+                "minutes": facts["minutes_estimate"][kind],
+                "disk_mb": facts["disk_mb"],
+                "memory_mb": facts["job_memory_mb"] if kind == "cuda" else 800,
+                "reinstall": bool(self.settings[f"{name}_reinstall"]),
+            }
+        return chosen
+
+    def _series(self, patch_root: Path) -> dict[str, list[Data]]:
+        if self.settings["source_patches_state"] != "present":
+            return {}
+        chosen_versions = {name: data["version"] for name, data in self.components.items()}
+        series = {}
+        for name, version in chosen_versions.items():
+            try:
+                series[name] = patch_series.load_series(patch_root, name, version, chosen_versions)
+            except Problem as refusal:
+                self.problems.append(dict(refusal.as_dict(), outcome="source_patches"))
+        return series
+
+    def wheels(self) -> list[Data]:
+        """Return what the environment must hold, {name, version} each."""
+        return [{"name": entry.name, "version": entry.version} for entry in self.locked] + [
+            {"name": wheel["name"], "version": wheel["version"]} for wheel in self.extra
+        ]
+
+    def packed_mb(self) -> int:
+        """Return the size of all wheels in MB, as far as it is known."""
+        size = sum(entry.size or 0 for entry in self.locked)
+        for wheel in self.extra:
+            if wheel.get("path") and Path(wheel["path"]).is_file():
+                size += Path(wheel["path"]).stat().st_size
+        return size >> 20
+
+    def installed_mb(self) -> int:
+        """Return the room that the environment needs in MB: the row's figure, else an estimate from the wheels."""
+        return int(self.row.get("disk_mb") or self.packed_mb() * UNPACKED)
+
+    def patch_targets(self) -> dict[str, dict[str, Data]]:
+        """Return {package: {path: {final, pristine, known}}}."""
+        targets: dict[str, dict[str, Data]] = {}
+        for name, series in self.series.items():
+            final, pristine = patches.expected_hashes(series), patches.pristine_hashes(series)
+            targets[name] = {
+                path: {
+                    "final": digest,
+                    "pristine": pristine[path],
+                    "known": sorted(
+                        {item for patch in series if patch["target"] == path for item in
+                         (patch["sha256_before"], patch["sha256_after"])}
+                    ),
+                }
+                for path, digest in final.items()
+            }
+        return targets
+
+    def wanted(self, paths: Data) -> Data:
+        """Return what plan.find_work compares with the survey."""
+        settings = self.settings
+        cuda = cuda_env.planned_files(
+            str(paths["cuda_home"]),
+            self.state["environment_path"],
+            login=settings["cuda_env_login"],
+            ssh=settings["cuda_env_ssh"],
+            service=settings["cuda_env_service"],
+            state=settings["cuda_env_state"],
+        )
+        shim_files = shim.wanted_files("") if settings["sitecustomize_state"] == "present" else {}
+        config = environment.config_files(paths["env"] or "", self.constraints()) if self.scope == "venv" else {}
+        packed = self.packed_mb()
+        return {
+            "files": digests(cuda),
+            "wheels": self.wheels(),
+            "config": config,
+            "components": self.components,
+            "shim": digests(shim_files),
+            "patches": self.patch_targets(),
+            "minutes": round(1 + packed / 300, 1),
+            "disk_mb": self.installed_mb(),
+        }
+
+    def libraries(self) -> dict[str, str]:
+        """Return {soname: Debian package} that the wheels in the cache ask of the system (none before the fetch)."""
+        return wheel_libs.needed(self.extra, self.cache)
+
+    @property
+    def scope(self) -> str:
+        """The installation scope, venv or user."""
+        return str(self.settings["jetson_platform_scope"])
+
+    def constraints(self) -> list[str]:
+        """Return the lines that keep later installations from replacing what was installed here."""
+        return environment.constraint_lines(
+            self.wheels(), self.row.get("torchvision_version"), self.settings["torch_jetpack_constraints_extra"]
+        )
+
+
+def digests(files: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return {path: sha256 of the content} of wanted files; None for one that shall not be there."""
+    return {
+        path.lstrip("/") if not path.startswith("/etc") else path: (
+            None if spec is None else hashlib.sha256(spec.content.encode("utf-8")).hexdigest()
+        )
+        for path, spec in files.items()
+    }

@@ -1,0 +1,119 @@
+"""A simulated fleet of this session's own, and the commands that a user would type against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLEET = "e2e"
+HOSTS = ("orin-a", "orin-b", "orin-c")
+
+
+@dataclass
+class Run:
+    """One finished ansible-playbook: exit status, output, and the recap as {host: {ok, changed, …}}."""
+
+    status: int
+    output: str
+    reports: Path
+
+    @property
+    def recap(self) -> dict[str, dict[str, int]]:
+        found = {}
+        for host, counts in re.findall(r"^(\S+)\s+: (ok=.*)$", self.output, re.MULTILINE):
+            found[host] = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", counts)}
+        return found
+
+    def report(self, host: str) -> dict[str, Any]:
+        """Return the JSON report of a host, keyed by component."""
+        (path,) = self.reports.glob(f"*/{host}.json")
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
+
+
+class Fleet:
+    """The simulated fleet of this session."""
+
+    def __init__(self, name: str, scratch: Path) -> None:
+        self.name = name
+        self.scratch = scratch
+        self.inventory = ROOT / ".cache" / "simulator" / "inventories" / f"{name}.ini"
+        self.runs = 0
+
+    def simulator(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command of the simulator on this fleet."""
+        return subprocess.run(
+            [sys.executable, "-m", "simulator", *words], cwd=ROOT, check=check, text=True, capture_output=True
+        )
+
+    def root(self, host: str, script: str) -> str:
+        """Run a shell script as root on a host, past ssh and Ansible; returns its output."""
+        done = self.simulator("exec", "--fleet", self.name, host, "--", "sh", "-euc", script, check=False)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def ssh(self, host: str, command: str, check: bool = True) -> str:
+        """Run a command over ssh as the fleet's user, as a person would; returns its output."""
+        done = self.simulator("ssh", "--fleet", self.name, host, "--", command, check=False)
+        assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def playbook(
+        self, playbook: str = "site.yml", *words: str, inventory: Path | None = None, env: dict[str, str] | None = None
+    ) -> Run:
+        """Run ansible-playbook from the repository's root."""
+        self.runs += 1
+        reports = self.scratch / f"reports-{self.runs}"
+        argv = [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            playbook,
+            "-i",
+            str(inventory or self.inventory),
+            *words,
+        ]
+        done = subprocess.run(
+            argv,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_NOCOLOR": "1",
+                "LC_ALL": "C.UTF-8",
+                "JETSON_MAMBA_REPORTS": str(reports),
+                **(env or {}),
+            },
+        )
+        print(f"$ {shlex.join(argv)}\n{done.stdout}")
+        return Run(done.returncode, done.stdout, reports)
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Return a fleet of three bare hosts; it goes away with the session."""
+    assert os.geteuid() == 0, "the simulated fleet needs root"
+    made = Fleet(FLEET, tmp_path_factory.mktemp("fleet"))
+    made.simulator("down", "--fleet", FLEET)
+    subprocess.run([sys.executable, "tools/provision.py", "fleet-up", "--fleet", FLEET], cwd=ROOT, check=True)
+    yield made
+    made.simulator("down", "--fleet", FLEET)
+
+
+def words(text: str | Sequence[str]) -> str:
+    """Return text on one line, for searching what a terminal would wrap."""
+    return " ".join(text.split() if isinstance(text, str) else text)

@@ -1,0 +1,244 @@
+"""One command takes a fleet from bare to verified. These tests run in order, on one fleet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import HOSTS, ROOT, Fleet, Run, words
+
+# where this project writes; a run that changes nothing leaves all of it alone
+LISTING = (
+    "find /opt /etc /home /usr/local /var/lib -xdev -not -path '/home/jetson/.ansible*' "
+    "-not -path '/var/lib/systemd*' -not -path '/etc/.updated' -type f -printf '%p %s %m %T@\\n' | sort | sha256sum"
+)
+SITE = "/opt/jetson-mamba/current/lib/python3.11/site-packages"
+NOT_RUN_ON_CPU = {"Mamba2", "ssd_combined", "torchvision.ops.nms"}
+
+
+def components(run: Run, host: str) -> dict[str, dict[str, str]]:
+    return {item["component"]: item for item in run.report(host)["components"]}
+
+
+def failed(run: Run, host: str) -> dict[str, str]:
+    return {name: item["message"] for name, item in components(run, host).items() if item["status"] == "failed"}
+
+
+@pytest.fixture(scope="module")
+def bare_check(fleet: Fleet) -> tuple[Run, dict[str, str], dict[str, str]]:
+    before = {host: fleet.root(host, LISTING) for host in HOSTS}
+    run = fleet.playbook("site.yml", "--check", "--diff")
+    return run, before, {host: fleet.root(host, LISTING) for host in HOSTS}
+
+
+@pytest.fixture(scope="module")
+def first(fleet: Fleet, bare_check: tuple[Run, dict[str, str], dict[str, str]]) -> Run:
+    return fleet.playbook()
+
+
+@pytest.fixture(scope="module")
+def provisioned(fleet: Fleet, first: Run) -> Fleet:
+    assert first.status == 0, "the fleet could not be provisioned"
+    return fleet
+
+
+def test_check_on_bare_hosts_tells_and_touches_nothing(bare_check: tuple[Run, dict[str, str], dict[str, str]]) -> None:
+    run, before, after = bare_check
+    assert run.status == 0
+    for host in HOSTS:
+        assert run.recap[host]["failed"] == 0
+        assert run.recap[host]["changed"] > 0
+    for name in ("jetson-mamba-cuda.sh", "torch", "causal_conv1d", "mamba_ssm", "jetson_mamba_shim.pth"):
+        assert name in run.output
+    assert "causal_conv1d_fwd_function" in run.output, "the diff of the source patch is not shown"
+    assert before == after
+
+
+def test_the_plan_names_builds_before_they_start(first: Run) -> None:
+    plan = first.output[: first.output.index("PLAY [Install]")]
+    assert "PLAN" in plan
+    for host in HOSTS:
+        for component in ("causal_conv1d", "mamba_ssm"):
+            (line,) = (line for line in plan.splitlines() if host in line and component in line and "build" in line)
+            assert "not installed" in line
+            assert "min" in plan
+            assert "MB" in plan
+
+
+def test_first_run_verifies_every_host(first: Run) -> None:
+    assert first.status == 0
+    for host in HOSTS:
+        found = components(first, host)
+        assert {name for name, item in found.items() if item["status"] == "failed"} == set()
+        passed = {name for name, item in found.items() if item["status"] == "passed"}
+        assert {"causal_conv1d_fn", "causal_conv1d_update", "selective_scan_fn", "mamba_inner_fn", "Mamba"} <= passed
+        for name, item in found.items():
+            if item["status"] == "not run":
+                assert item["message"], f"{name} is not run, without a reason"
+    assert "cpu" in words(first.output).lower()
+
+
+def test_second_run_changes_nothing(provisioned: Fleet) -> None:
+    before = {host: provisioned.root(host, LISTING) for host in HOSTS}
+    run = provisioned.playbook()
+    assert run.status == 0
+    assert {host: run.recap[host]["changed"] for host in HOSTS} == dict.fromkeys(HOSTS, 0)
+    assert before == {host: provisioned.root(host, LISTING) for host in HOSTS}
+
+
+def test_check_afterwards_names_nothing(provisioned: Fleet) -> None:
+    run = provisioned.playbook("site.yml", "--check", "--diff")
+    assert run.status == 0
+    assert {host: run.recap[host]["changed"] for host in HOSTS} == dict.fromkeys(HOSTS, 0)
+    assert "+++" not in run.output
+
+
+def test_environment_reaches_ssh_login_shells_and_services(provisioned: Fleet) -> None:
+    for command in ("env", "bash -lc env", "sh -lc env"):
+        found = dict(line.split("=", 1) for line in provisioned.ssh("orin-a", command).splitlines() if "=" in line)
+        assert found["CUDA_HOME"] == "/usr/local/cuda-12.6"
+        assert found["PATH"].split(":").count("/usr/local/cuda-12.6/bin") == 1
+        assert "" not in found.get("LD_LIBRARY_PATH", "x").split(":")
+    service = provisioned.root(
+        "orin-c", "systemd-run --quiet --wait --pipe -p EnvironmentFile=/etc/jetson-mamba/cuda.env env"
+    )
+    assert "CUDA_HOME=/usr/local/cuda-12.2" in service
+    assert "LD_LIBRARY_PATH" not in service
+    assert "CUDA_HOME" not in provisioned.root("orin-c", "systemd-run --quiet --wait --pipe env")
+
+
+def test_the_launcher_resolves_current_once(provisioned: Fleet) -> None:
+    printed = provisioned.ssh("orin-b", "/opt/jetson-mamba/bin/mamba-python -c 'import sys; print(sys.prefix)'")
+    assert printed.strip().startswith("/opt/jetson-mamba/envs/torch")
+    provisioned.ssh("orin-b", "/opt/jetson-mamba/bin/mamba-python -m pip check")
+
+
+def test_a_process_keeps_its_environment_when_current_moves(provisioned: Fleet) -> None:
+    script = (
+        "import sys, os\n"
+        "target = os.readlink('/opt/jetson-mamba/current')\n"
+        "os.symlink('envs/elsewhere', '/opt/jetson-mamba/current.test'); "
+        "os.replace('/opt/jetson-mamba/current.test', '/opt/jetson-mamba/current')\n"
+        "try:\n    import einops; print(einops.__file__)\n"
+        "finally:\n    os.symlink(target, '/opt/jetson-mamba/current.test'); "
+        "os.replace('/opt/jetson-mamba/current.test', '/opt/jetson-mamba/current')\n"
+    )
+    encoded = json.dumps(script)
+    printed = provisioned.ssh("orin-b", f"/opt/jetson-mamba/bin/mamba-python -c {json.dumps(f'exec({encoded})')}")
+    assert printed.strip().startswith("/opt/jetson-mamba/envs/torch")
+
+
+def test_patched_call_sites_of_ssd_combined_under_tritons_interpreter(provisioned: Fleet) -> None:
+    script = (ROOT / "tests" / "on_device" / "triton_patched_sites.py").read_text(encoding="utf-8")
+    path = Path("/tmp/triton_patched_sites.py")
+    provisioned.root("orin-a", f"cat > {path} <<'END_OF_SCRIPT'\n{script}\nEND_OF_SCRIPT\n")
+    printed = provisioned.ssh("orin-a", f"/opt/jetson-mamba/bin/mamba-python {path}")
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert results
+    assert {item["status"] for item in results} == {"passed"}
+
+
+# --- what breaks is found, and mended or refused -------------------------------------------------------------------
+
+
+def restore(fleet: Fleet, host: str) -> None:
+    run = fleet.playbook("site.yml", "--limit", host)
+    assert run.status == 0
+    assert run.recap[host]["changed"] > 0
+
+
+def test_without_the_backward_patch_backward_fails(provisioned: Fleet) -> None:
+    target = f"{SITE}/mamba_ssm/ops/selective_scan_interface.py"
+    provisioned.root(
+        "orin-b", f"sed -i 's/causal_conv1d_bwd_function(/causal_conv1d_cuda.causal_conv1d_bwd(/' {target}"
+    )
+    run = provisioned.playbook("playbooks/verify.yml", "--limit", "orin-b")
+    assert run.status != 0
+    found = failed(run, "orin-b")
+    assert "backward" in found["mamba_inner_fn"]
+    assert "Mamba" in found
+    assert "causal_conv1d_fn" not in found
+    # the next run refuses to touch what it doesn't know, and says how to go on; then it does
+    refused = provisioned.playbook("site.yml", "--limit", "orin-b")
+    assert refused.status != 0
+    assert "selective_scan_interface.py has sha256" in words(refused.output)
+    assert "mamba_ssm_reinstall=true" in refused.output
+    assert refused.recap["orin-b"]["changed"] == 0
+    mended = provisioned.playbook("site.yml", "--limit", "orin-b", "-e", "mamba_ssm_reinstall=true")
+    assert mended.status == 0
+
+
+def test_without_the_shim_the_import_fails_and_says_why(provisioned: Fleet) -> None:
+    provisioned.root("orin-b", f"rm {SITE}/jetson_mamba_shim.pth")
+    run = provisioned.playbook("playbooks/verify.yml", "--limit", "orin-b")
+    assert run.status != 0
+    found = failed(run, "orin-b")
+    assert "_all_gather_base" in found["import_mamba_ssm"]
+    restore(provisioned, "orin-b")
+
+
+def test_one_corrupted_byte_is_said_by_the_next_run(provisioned: Fleet) -> None:
+    target = f"{SITE}/mamba_ssm/ops/triton/ssd_combined.py"
+    provisioned.root("orin-c", f"cp {target} /root/kept; printf X | dd of={target} bs=1 seek=100 conv=notrunc status=none")
+    run = provisioned.playbook("site.yml", "--limit", "orin-c")
+    assert run.status != 0
+    assert "ssd_combined.py has sha256" in words(run.output)
+    assert run.recap["orin-c"]["changed"] == 0
+    provisioned.root("orin-c", f"cat /root/kept > {target}; rm /root/kept")
+    healthy = provisioned.playbook("site.yml", "--limit", "orin-c")
+    assert healthy.status == 0
+    assert healthy.recap["orin-c"]["changed"] == 0
+
+
+def test_a_library_of_another_machine_is_named(provisioned: Fleet) -> None:
+    provisioned.root(
+        "orin-c",
+        f"cd {SITE}; cp -p causal_conv1d_cuda*.so /root/kept.so; "
+        "for f in causal_conv1d_cuda*.so; do printf '\\267\\000' | dd of=$f bs=1 seek=18 conv=notrunc status=none; done",
+    )
+    run = provisioned.playbook("playbooks/verify.yml", "--limit", "orin-c")
+    assert run.status != 0
+    text = words(" ".join(failed(run, "orin-c").values()))
+    assert "causal_conv1d_cuda" in text
+    assert "aarch64" in text.lower()
+    again = provisioned.playbook("site.yml", "--limit", "orin-c")
+    assert again.status == 0
+    assert "causal_conv1d is damaged" in words(again.output)
+
+
+# --- wrong input ends before anything changes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "found", "next_step"),
+    [
+        ("mamba_ssm_verison=2.2.4", "mamba_ssm_verison", "did you mean mamba_ssm_version"),
+        ("mamba_ssm_version=9.9.9", "9.9.9", "2.2.4"),
+        ("jetson_platform_scope=system", "jetson_platform_scope", "venv, user"),
+        ('{"jetson_platform_rows": []}', "machine x86_64", "machine"),
+        ('{"torch_jetpack_wheel": {"version": "2.5.0", "path": "/nowhere/torch-2.5.0-cp311-cp311-linux_x86_64.whl", '
+         '"sha256": null}}', "/nowhere/torch", "path"),
+        ('{"torch_jetpack_wheel": {"version": "2.5.0", "path": "/nowhere/torch-2.5.0-cp310-cp310-linux_aarch64.whl", '
+         '"sha256": null}}', "cp310", "x86_64"),
+        ("source_patches_stat=absent", "source_patches_stat", "did you mean source_patches_state"),
+    ],
+)
+def test_wrong_settings(provisioned: Fleet, extra: str, found: str, next_step: str) -> None:
+    run = provisioned.playbook("site.yml", "--limit", "orin-a", "-e", extra)
+    assert run.status != 0
+    assert run.recap["orin-a"]["changed"] == 0
+    assert found in words(run.output)
+    assert next_step in words(run.output)
+
+
+def test_an_unknown_l4t_is_refused(provisioned: Fleet) -> None:
+    provisioned.root("orin-a", "cp /etc/nv_tegra_release /root/kept; sed -i 's/4.7,/9.9,/' /etc/nv_tegra_release")
+    try:
+        run = provisioned.playbook("site.yml", "--limit", "orin-a")
+        assert run.status != 0
+        assert "L4T 36.9.9" in words(run.output)
+        assert "jetson_platform_rows" in run.output
+    finally:
+        provisioned.root("orin-a", "cat /root/kept > /etc/nv_tegra_release; rm /root/kept")

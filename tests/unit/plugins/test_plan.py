@@ -1,0 +1,297 @@
+"""What is there against what is wanted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.jetson.mamba.plugins.module_utils import plan
+
+DATA = Path(__file__).parents[3] / "collections/ansible_collections/jetson/mamba/plugins/data"
+ROWS = yaml.safe_load((DATA / "platforms.yml").read_text())["platforms"]
+SETTINGS: dict[str, Any] = {
+    "jetson_platform_root": "/opt/jetson-mamba",
+    "jetson_platform_build_root": "",
+    "jetson_platform_tmp_root": "",
+    "jetson_platform_scope": "venv",
+}
+
+
+def orin(**changes: Any) -> dict[str, Any]:
+    """Return the survey of a healthy, bare Orin; changes are {"a.b": value}."""
+    state: dict[str, Any] = {
+        "l4t": {"release": "36.4.7", "source": "/etc/nv_tegra_release", "text": "# R36 …"},
+        "soc": {"soc": "tegra234", "model": "NVIDIA Jetson AGX Orin Developer Kit", "compatible": []},
+        "machine": "aarch64",
+        "glibc": "2.35",
+        "clock": 1760000000,
+        "cuda": {"link": None, "toolkits": [{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": True}]},
+        "interpreters": [
+            {
+                "version": "3.10.12",
+                "path": "/usr/bin/python3.10",
+                "headers": True,
+                "externally_managed": False,
+                "user_site": "/home/jetson/.local/lib/python3.10/site-packages",
+                "user_base": "/home/jetson/.local",
+            }
+        ],
+        "tools": {"gcc": "/usr/bin/gcc", "g++": "/usr/bin/g++", "patch": "/usr/bin/patch"},
+        "libraries": ["libopenblas.so.0"],
+        "memory": {"total_mb": 8000, "available_mb": 6000, "swap_free_mb": 0, "zram_free_mb": 3500},
+        "disk": {
+            name: {"path": "/opt/x", "existing": "/opt", "free_mb": 50000, "read_only": False, "writable": False}
+            for name in ("root", "build", "tmp")
+        },
+        "environments": {"current": None, "venvs": {}},
+        "user_sites": {},
+        "files": {},
+    }
+    for path, value in changes.items():
+        target = state
+        *parents, last = path.split(".")
+        for name in parents:
+            target = target[name]
+        target[last] = value
+    return state
+
+
+NEEDS = {"disk_mb": {"root": 6000, "build": 2000, "tmp": 1000}, "build_memory_mb": {"mamba_ssm": 2500}, "libraries": {}}
+WORK = [{"outcome": "torch_jetpack"}, {"outcome": "mamba_ssm"}]
+
+
+@pytest.mark.parametrize(
+    ("release", "soc", "row"),
+    [
+        ("36.4.7", "tegra234", "jetpack-6.1-6.2"),
+        ("36.4.0", "tegra234", "jetpack-6.1-6.2"),
+        ("36.3.0", "tegra234", "jetpack-6.0"),
+        ("38.2.1", "tegra264", "jetpack-7.0-7.1"),
+        ("39.2.0", "tegra234", "jetpack-7.2-orin"),
+        ("39.2.0", "tegra264", "jetpack-7.2-thor"),
+    ],
+)
+def test_platforms_of_the_table(release: str, soc: str, row: str) -> None:
+    match = plan.match_platform(orin(**{"l4t.release": release, "soc.soc": soc}), ROWS)
+    assert match.problem is None
+    assert match.row is not None
+    assert match.row["id"] == row
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "next_step"),
+    [
+        ({"l4t.release": "36.4.9"}, "L4T 36.4.9", "jetson_platform_rows"),
+        ({"l4t.release": "35.6.0"}, "L4T 35.6.0", "JetPack 5"),
+        ({"l4t.release": None, "l4t.text": "garbage"}, "'garbage'", "nvidia-l4t-core"),
+        ({"soc.soc": "tegra194"}, "tegra194", "jetson_platform_rows"),
+        ({"machine": "x86_64"}, "machine x86_64", "inventory"),
+    ],
+)
+def test_devices_that_no_row_fits(changes: dict[str, Any], found: str, next_step: str) -> None:
+    match = plan.match_platform(orin(**changes), ROWS)
+    assert match.row is None
+    assert match.problem is not None
+    assert found in match.problem["found"]
+    assert next_step in match.problem["next"]
+
+
+def test_a_users_row_for_a_workstation_needs_no_l4t() -> None:
+    row = {"id": "ws", "l4t": ["none"], "soc": ["any"], "machine": "x86_64", "python": "3.12", "cuda": "13.0", "sm": "90"}
+    match = plan.match_platform(orin(machine="x86_64", **{"l4t.release": None, "soc.soc": None}), [row, *ROWS])
+    assert match.row == row
+
+
+ROW = next(row for row in ROWS if row["id"] == "jetpack-6.1-6.2")
+
+
+def problems(**changes: Any) -> list[dict[str, str]]:
+    return plan.find_problems(ROW, orin(**changes), SETTINGS, NEEDS, WORK)
+
+
+def test_a_healthy_device_has_no_problem() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "next_step"),
+    [
+        ({"interpreters": []}, "no python3", "python3.10"),
+        ({"tools.g++": None}, "no g++", "build-essential"),
+        ({"tools.patch": None}, "no patch", "apt-get install patch"),
+        ({"cuda.toolkits": []}, "none under /usr/local", "cuda-toolkit-12-6"),
+        (
+            {"cuda.toolkits": [{"path": "/usr/local/cuda-12.2", "version": "12.2.140", "nvcc": True}]},
+            "12.2.140",
+            "cuda_env_install=true",
+        ),
+        (
+            {"cuda.toolkits": [{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": False}]},
+            "bin/nvcc",
+            "cuda-nvcc-12-6",
+        ),
+        ({"disk.root.free_mb": 5999}, "5999 MB free", "jetson_platform_root"),
+        ({"disk.build.free_mb": 10}, "10 MB free", "jetson_platform_build_root"),
+        ({"disk.tmp.read_only": True}, "read-only", "jetson_platform_tmp_root"),
+        ({"memory.available_mb": 2499}, "2499 MB of memory", "swap"),
+        ({"clock": 3 * 86400}, "3 days after 1970", "timedatectl"),
+    ],
+)
+def test_each_problem_is_named(changes: dict[str, Any], found: str, next_step: str) -> None:
+    (problem,) = problems(**changes)
+    assert found in problem["found"]
+    assert next_step in problem["next"]
+    assert problem["expected"]
+
+
+def test_all_problems_come_at_once() -> None:
+    found = problems(interpreters=[], clock=0, **{"tools.patch": None, "cuda.toolkits": []})
+    assert len(found) == 4
+
+
+def test_swap_counts_and_zram_does_not() -> None:
+    assert problems(**{"memory.available_mb": 500, "memory.swap_free_mb": 2500}) == []
+
+
+def test_missing_libraries_are_named_with_their_packages() -> None:
+    needs = {**NEEDS, "libraries": {"libcusparseLt.so.0": "libcusparselt0", "libopenblas.so.0": "libopenblas0"}}
+    (problem,) = plan.find_problems(ROW, orin(), SETTINGS, needs, WORK)
+    assert "libcusparseLt.so.0" in problem["found"]
+    assert "libopenblas" not in problem["found"]
+    assert "libcusparselt0" in problem["next"]
+
+
+def test_a_device_without_work_needs_no_disk_and_no_memory() -> None:
+    state = orin(**{"disk.root.free_mb": 1, "memory.available_mb": 1})
+    assert plan.find_problems(ROW, state, SETTINGS, NEEDS, []) == []
+
+
+def test_the_user_site_of_a_managed_python_is_refused() -> None:
+    state = orin()
+    state["interpreters"][0]["externally_managed"] = True
+    settings = {**SETTINGS, "jetson_platform_scope": "user"}
+    (problem,) = plan.find_problems(ROW, state, settings, NEEDS, WORK)
+    assert "EXTERNALLY-MANAGED" in problem["found"]
+
+
+def test_the_class_ignores_the_l4t_release() -> None:
+    first = plan.class_id(ROW, orin(), "2.5.0")
+    assert first == plan.class_id(ROW, orin(**{"l4t.release": "36.4.4"}), "2.5.0")
+    assert first == "aarch64-glibc2.35-cu12.6-cp310-torch2.5.0-cxx11-sm87"
+    other = next(row for row in ROWS if row["id"] == "jetpack-6.0")
+    assert first != plan.class_id(other, orin(), "2.5.0")
+
+
+# --- work ---
+
+WANTED: dict[str, Any] = {
+    "files": {"/etc/profile.d/x.sh": "a" * 64},
+    "wheels": [{"name": "torch", "version": "2.5.0a0+872d972e41.nv24.08.17622132"}, {"name": "numpy", "version": "1.26.4"}],
+    "config": {"constraints.txt": "numpy==1.26.4\n"},
+    "components": {
+        "causal_conv1d": {"version": "1.6.0", "key": "k1", "minutes": 30, "disk_mb": 500},
+        "mamba_ssm": {"version": "2.2.4", "key": "k2", "minutes": 60, "disk_mb": 900},
+    },
+    "shim": {"shim.pth": "b" * 64},
+    "patches": {"mamba_ssm": {"mamba_ssm/x.py": {"final": "f" * 64, "pristine": "p" * 64, "known": ["f" * 64, "p" * 64]}}},
+    "minutes": 5,
+    "disk_mb": 6000,
+}
+PATHS = {"env": "/opt/jetson-mamba/envs/e1", "base_python": "/usr/bin/python3.10"}
+DONE: dict[str, Any] = {
+    "exists": True,
+    "python_runs": True,
+    "site_packages": "/opt/jetson-mamba/envs/e1/lib/python3.10/site-packages",
+    "packages": {
+        "torch": {"version": "2.5.0a0+872d972e41.nv24.8", "damage": None},
+        "numpy": {"version": "1.26.4", "damage": None},
+        "causal_conv1d": {"version": "1.6.0", "damage": None},
+        "mamba_ssm": {"version": "2.2.4", "damage": None},
+    },
+    "config": {"constraints.txt": "numpy==1.26.4\n"},
+    "records": {"causal_conv1d": {"key": "k1"}, "mamba_ssm": {"key": "k2"}},
+    "files": {"shim.pth": "b" * 64, "mamba_ssm/x.py": "f" * 64},
+    "torch": {"version": "2.5.0a0+872d972e41.nv24.08"},
+}
+
+
+def provisioned(**changes: Any) -> dict[str, Any]:
+    site = copy.deepcopy(DONE)
+    for path, value in changes.items():
+        target = site
+        *parents, last = path.split("|")
+        for name in parents:
+            target = target[name]
+        target[last] = value
+    state = orin(files={"/etc/profile.d/x.sh": "a" * 64})
+    state["environments"]["venvs"]["e1"] = site
+    return state
+
+
+def work(state: dict[str, Any], wanted: dict[str, Any] | None = None) -> dict[str, str]:
+    items = plan.find_work(state, PATHS, "venv", wanted or WANTED)
+    return {item["outcome"]: item["reason"] for item in items}
+
+
+def test_a_bare_device_has_all_the_work_in_order() -> None:
+    found = work(orin())
+    assert list(found) == [name for name in plan.OUTCOMES if name != "jetson_platform"]
+    assert found["torch_jetpack"] == "no environment for this selection"
+
+
+def test_a_provisioned_device_has_none() -> None:
+    assert work(provisioned()) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "reason"),
+    [
+        ({"packages|torch|version": "2.4.0"}, "torch_jetpack", "torch 2.4.0 found, 2.5.0a0+872"),
+        ({"packages|numpy|damage": "numpy/a.py is missing"}, "torch_jetpack", "numpy is damaged"),
+        ({"python_runs": False}, "torch_jetpack", "does not run"),
+        ({"config|constraints.txt": "x"}, "torch_jetpack", "constraints.txt is different"),
+        ({"packages|causal_conv1d|version": "1.5.0"}, "causal_conv1d", "1.5.0 found, 1.6.0 wanted"),
+        ({"packages|causal_conv1d|damage": "x differs"}, "causal_conv1d", "damaged: x differs"),
+        ({"records|causal_conv1d": None}, "causal_conv1d", "no record"),
+        ({"records|causal_conv1d|key": "old"}, "causal_conv1d", "other inputs"),
+        ({"files|shim.pth": None}, "sitecustomize", "shim.pth is absent"),
+        ({"files|mamba_ssm/x.py": "p" * 64}, "source_patches", "mamba_ssm/x.py"),
+    ],
+)
+def test_each_difference_is_named(changes: dict[str, Any], outcome: str, reason: str) -> None:
+    found = work(provisioned(**changes))
+    assert list(found) == [outcome]
+    assert reason in found[outcome]
+
+
+def test_a_rebuilt_package_is_patched_again() -> None:
+    found = work(provisioned(**{"packages|mamba_ssm|version": "2.2.5"}))
+    assert list(found) == ["mamba_ssm", "source_patches"]
+
+
+def test_reinstall_is_work_and_lifts_the_refusal() -> None:
+    state = provisioned(**{"files|mamba_ssm/x.py": "0" * 64})
+    site = state["environments"]["venvs"]["e1"]
+    (problem,) = plan.find_patch_problems(site, WANTED)
+    assert "0" * 64 in problem["found"]
+    assert "mamba_ssm_reinstall=true" in problem["next"]
+    wanted = copy.deepcopy(WANTED)
+    wanted["components"]["mamba_ssm"]["reinstall"] = True
+    assert plan.find_patch_problems(site, wanted) == []
+    assert "mamba_ssm" in work(state, wanted)
+
+
+def test_known_checksums_are_no_problem() -> None:
+    for digest in ("f" * 64, "p" * 64, None):
+        site = provisioned(**{"files|mamba_ssm/x.py": digest})["environments"]["venvs"]["e1"]
+        assert plan.find_patch_problems(site, WANTED) == []
+
+
+def test_env_id_follows_every_wish() -> None:
+    first = plan.env_id(ROW, "2.5.0+x", {"a": 1})
+    assert first.startswith("torch2.5.0-cp310-")
+    assert first == plan.env_id(ROW, "2.5.0+x", {"a": 1})
+    assert first != plan.env_id(ROW, "2.5.0+x", {"a": 2})
