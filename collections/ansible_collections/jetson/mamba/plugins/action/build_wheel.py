@@ -1,0 +1,61 @@
+"""Action of jetson.mamba.build_wheel: the controller's side of a build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.modules.build_wheel import argument_spec
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building
+
+_INTERNAL = ("mode", "key", "source_sha256", "source_tar", "force_build", "modules", "job_memory_mb", "disk_mb")
+
+
+class ActionModule(ActionBase):
+    """Prepare, send, start, follow, return the wheel."""
+
+    TRANSFERS_FILES = True
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Run the task; returns its result."""
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        spec = {name: option for name, option in argument_spec().items() if name not in (*_INTERNAL, "wait_seconds")}
+        _validated, options = self.validate_argument_spec(argument_spec=spec)
+        display = Display()
+
+        def run(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            answer: dict[str, Any] = self._execute_module(
+                module_name=name, module_args=arguments, task_vars=task_vars or {}
+            )
+            return answer
+
+        device = building.Device(
+            host=str((task_vars or {}).get("inventory_hostname", "localhost")),
+            run=run,
+            send=self._transfer_file,
+            receive=self._connection.fetch_file,
+            say=display.display,
+            lost=(AnsibleConnectionFailure,),
+        )
+        try:
+            order = building.make_order(options, display.display)
+            if self._task.check_mode:
+                answer = run("jetson.mamba.build_wheel", {**order.arguments, "mode": "start"})
+                return {**result, **answer, "key": order.key}
+            built, compiled = building.follow(device, order, options["logs"])
+        except Problem as problem:
+            return {**result, "failed": True, "msg": problem.render(), "problem": problem.as_dict()}
+        except building.StepFailed as failure:
+            return {**result, **failure.result, "failed": True}
+        except AnsibleConnectionFailure:
+            raise
+        except OSError as error:
+            raise AnsibleError(str(error)) from error
+        finally:
+            self._remove_tmp_path(self._connection._shell.tmpdir)
+        return {**result, **built, "changed": compiled, "key": order.key}

@@ -1,0 +1,869 @@
+"""Build jobs on a device: start one that outlives the connection, follow it, judge the wheel that comes out.
+
+A job is a folder <build root>/<component>-<first 12 digits of the key>/:
+
+    lock      held (flock) by the runner and by pip; whoever finds it free knows that the job ended or died
+    job.json  what was asked for and the exact command; pid.json: the runner, with its start time
+    src/      the unpacked source, built in place, so that ninja goes on where a dead build stopped
+    log       everything that the command printed; rc.json: how it ended, written last
+    wheel/    the result; result.json: what it was found to be
+    bin/nvcc  the compiler that torch is given; tmp/: temporary files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+
+from ansible_collections.jetson.mamba.plugins.module_utils import (
+    build_runner,
+    elf,
+    files,
+    nvcc_wrapper,
+    records,
+    versions,
+)
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+
+# part of every key: a change in how wheels are made, such as another rpath, makes other wheels
+RECIPE = 1
+TAIL_LINES = 40
+# what the system and Ansible need beside the compilers, MB
+RESERVED_MB = 300
+# the extension finds libc10 and its like whatever was imported first; the linker must see this dollar sign
+RPATH = "-Wl,-rpath,$ORIGIN/torch/lib"
+
+_FLAG = re.compile(r"^([A-Z][A-Z0-9_]*)=(.*)$", re.S)
+_OWN_VARIABLES = frozenset(
+    ("PATH", "HOME", "TMPDIR", "CUDA_HOME", "MAX_JOBS", "PYTORCH_NVCC", nvcc_wrapper.NVCC_VARIABLE)
+)
+_NINJA = re.compile(r"^\s*\[(\d+)/(\d+)\]\s", re.M)
+_COMPILE = re.compile(r"^ *(?:\S*/)?(?:\S*(?:gcc|g\+\+|clang|clang\+\+|nvcc)(?:-\d+)?|cc|c\+\+)(?: .*)? -c ", re.M)
+_COMPILE_LINE = re.compile(_COMPILE.pattern + ".*$", re.M)
+# from here on pip repeats its own command and says nothing about the compiler's trouble
+_PIP_NOISE = re.compile(r"^\s*(?:error: )?subprocess-exited-with-error", re.M)
+_FAILED_NINJA = re.compile(r"^\s*FAILED:.*\n\s*(\S.*)$", re.M)
+_FAILED_SETUPTOOLS = re.compile(r"^\s*error: [Cc]ommand '?(.+?)'? failed with exit (?:code|status) \d+", re.M)
+_KILLED = re.compile(
+    r"^\s*Killed\b|Killed signal terminated program|died due to signal 9|"
+    r"failed with exit (?:code|status) (?:137|-9)|std::bad_alloc|out of memory allocating",
+    re.M,
+)
+_CUBIN_SM = re.compile(r"\.sm_(\d+[af]?)\.cubin")
+
+
+def build_key(
+    component: str, version: str, source_sha256: str, class_id: str, sm: str, flags: Sequence[str]
+) -> str:
+    """Return the digest of everything that a wheel is made from.
+
+    Args:
+        component: such as mamba_ssm.
+        version: of the component.
+        source_sha256: digest of the packed source.
+        class_id: what a binary needs of its host.
+        sm: the GPU's number ("87"), or "cpu".
+        flags: NAME=VALUE settings of the build; their order does not matter.
+
+    Returns:
+        64 hex digits.
+    """
+    inputs = {
+        "recipe": RECIPE,
+        "component": component,
+        "version": version,
+        "source": source_sha256,
+        "class": class_id,
+        "sm": str(sm),
+        "flags": sorted(flags),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+class Request(NamedTuple):
+    """What shall be built, where and with what.
+
+    Args:
+        root: the folder of all build jobs.
+        python: the interpreter of the environment that the wheel is for.
+        cuda_home: the CUDA toolkit; not used where sm is "cpu".
+        force_build: the variable that keeps setup.py from downloading a wheel.
+        modules: extension modules that the wheel must hold.
+        job_memory_mb: memory of one compiler process.
+        disk_mb: free space that the build needs.
+        max_jobs: compilers at a time; 0 means as many as the free memory holds.
+    """
+
+    component: str
+    version: str
+    key: str
+    source_sha256: str
+    root: str
+    python: str
+    cuda_home: str
+    sm: str
+    force_build: str
+    modules: Tuple[str, ...]
+    job_memory_mb: int
+    disk_mb: int
+    max_jobs: int = 0
+    flags: Tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The job's folder."""
+        return job_folder(self.root, self.component, self.key)
+
+
+def job_folder(root: str, component: str, key: str) -> str:
+    """Return the folder of a job."""
+    return os.path.join(root, f"{component}-{key[:12]}")
+
+
+# ---------------------------------------------------------------- environment
+
+
+def memory_available_mb(meminfo: str = "/proc/meminfo") -> int:
+    """Return the memory that compilers may take, swap included, in MB."""
+    values: Dict[str, int] = {}
+    with open(meminfo, encoding="ascii", errors="replace") as handle:
+        for line in handle:
+            name, _colon, rest = line.partition(":")
+            with contextlib.suppress(ValueError, IndexError):
+                values[name] = int(rest.split()[0]) // 1024
+    return values.get("MemAvailable", values.get("MemFree", 0)) + values.get("SwapFree", 0)
+
+
+def choose_jobs(available_mb: int, job_memory_mb: int, cpus: int, setting: int = 0) -> int:
+    """Return how many compilers may run at a time: never none, never more than processors unless set.
+
+    Args:
+        available_mb: free memory with free swap.
+        job_memory_mb: what one compiler can take.
+        cpus: number of processors.
+        setting: the user's own number, or 0.
+    """
+    if setting > 0:
+        return setting
+    return max(1, min(cpus, (available_mb - RESERVED_MB) // max(1, job_memory_mb)))
+
+
+def parse_flags(flags: Sequence[str]) -> Dict[str, str]:
+    """Return build flags as environment variables.
+
+    Raises:
+        Problem: a flag is not NAME=VALUE, or names a variable that the build sets itself.
+    """
+    variables = {}
+    for flag in flags:
+        match = _FLAG.match(flag)
+        if not match:
+            raise Problem(
+                f"the build flag {flag!r}",
+                "NAME=VALUE, a variable for the build's environment",
+                "write compiler flags as CXXFLAGS=… or NVCC_APPEND_FLAGS=…",
+            )
+        if match.group(1) in _OWN_VARIABLES:
+            raise Problem(
+                f"the build flag {flag}",
+                "a variable that the build does not set itself ({})".format(", ".join(sorted(_OWN_VARIABLES))),
+                "remove it; max_jobs, the platform row's sm and the CUDA settings have variables of their own",
+            )
+        variables[match.group(1)] = match.group(2)
+    return variables
+
+
+def build_environment(request: Request, jobs: int) -> Dict[str, str]:
+    """Return the whole environment of a build; nothing is inherited but who and where the user is."""
+    env_bin = os.path.dirname(request.python)
+    path = [env_bin, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+    flags = parse_flags(request.flags)
+    environment = {name: os.environ[name] for name in ("HOME", "USER", "LOGNAME") if name in os.environ}
+    environment.update(
+        {
+            "LC_ALL": "C.UTF-8",
+            "LANG": "C.UTF-8",
+            "TMPDIR": os.path.join(request.folder, "tmp"),
+            "PYTHONUNBUFFERED": "1",
+            "MAX_JOBS": str(jobs),
+            # no configuration file of pip: constraints and indexes are for installing, not for this
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INPUT": "1",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            request.force_build: "TRUE",
+        }
+    )
+    if request.sm != "cpu":
+        path.insert(1, os.path.join(request.cuda_home, "bin"))
+        environment.update(
+            {
+                "CUDA_HOME": request.cuda_home,
+                "PYTORCH_NVCC": os.path.join(request.folder, "bin", "nvcc"),
+                nvcc_wrapper.NVCC_VARIABLE: os.path.join(request.cuda_home, "bin", "nvcc"),
+                nvcc_wrapper.SM_VARIABLE: request.sm,
+            }
+        )
+    environment["PATH"] = os.pathsep.join(path)
+    environment.update(flags)
+    environment["LDFLAGS"] = " ".join(part for part in (RPATH, flags.get("LDFLAGS", "")) if part)
+    return environment
+
+
+def build_command(request: Request) -> List[str]:
+    """Return the command that builds, to be run in the job's folder. Verbose, since progress is read from its log."""
+    return [
+        request.python,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        # the older way runs "setup.py clean" after a failure, and nothing would be left to go on with
+        "--use-pep517",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--no-cache-dir",
+        "-w",
+        os.path.join(request.folder, "wheel"),
+        os.path.join(request.folder, "src"),
+    ]
+
+
+# ---------------------------------------------------------------- source
+
+
+def unpack_source(archive: str, sha256: str, folder: str) -> None:
+    """Check a packed source and unpack it into <folder>/src, whole or not at all.
+
+    Raises:
+        Problem: the file is not the one that was sent, or holds what a source may not hold.
+    """
+    found = files.sha256_file(archive)
+    if found != sha256:
+        raise Problem(
+            f"{archive} arrived with the sha256 {found}",
+            f"sha256 {sha256}",
+            "run again; if it stays, check the device's disk and memory",
+        )
+    partial = os.path.join(folder, "src.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    try:
+        with tarfile.open(archive, "r:") as handle:
+            for member in handle:
+                _unpack_member(handle, member, partial)
+    except (tarfile.TarError, OSError) as error:
+        raise Problem(
+            f"the source cannot be unpacked into {partial}: {error}",
+            "free space and a folder that the connecting user may write",
+            f"check df -h {folder} and its owner",
+        ) from error
+    source = os.path.join(folder, "src")
+    shutil.rmtree(source, ignore_errors=True)
+    os.replace(partial, source)
+
+
+def _unpack_member(handle: tarfile.TarFile, member: tarfile.TarInfo, root: str) -> None:
+    """Write one member; only plain files and links that stay inside are let through."""
+    target = os.path.normpath(os.path.join(root, member.name))
+    inside = root + os.sep
+    if not target.startswith(inside) or not os.path.realpath(target).startswith(os.path.realpath(root) + os.sep):
+        _refuse(member.name)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if member.issym():
+        goal = os.path.normpath(os.path.join(os.path.dirname(target), member.linkname))
+        if os.path.isabs(member.linkname) or not goal.startswith(inside):
+            _refuse(member.name)
+        os.symlink(member.linkname, target)
+    elif member.isreg():
+        stream = handle.extractfile(member)
+        if stream is None or os.path.lexists(target):
+            _refuse(member.name)
+        with stream, open(target, "wb") as output:
+            shutil.copyfileobj(stream, output)
+        os.chmod(target, 0o755 if member.mode & 0o111 else 0o644)
+    else:
+        _refuse(member.name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise Problem(
+        f"the source holds '{name}'",
+        "plain files and links that stay inside the source",
+        "prepare the source again on the controller",
+    )
+
+
+# ---------------------------------------------------------------- state
+
+
+def read_json(path: str) -> Optional[Dict[str, Any]]:
+    """Return the mapping that a JSON file holds, or None where there is none."""
+    try:
+        with open(path, encoding="utf-8") as handle:
+            data = json.load(handle)
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def is_running(folder: str) -> bool:
+    """Return whether any process of the job lives, by its lock: process ids come again, locks end with their holder."""
+    try:
+        descriptor = os.open(os.path.join(folder, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # shared, so that two who look at the same time do not take each other for the job
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def job_state(folder: str) -> str:
+    """Return absent, running, done, failed, or dead (ended without a result: killed, or the power went)."""
+    if not os.path.isfile(os.path.join(folder, "job.json")):
+        return "absent"
+    outcome = read_json(os.path.join(folder, "rc.json"))
+    if outcome is not None:
+        return "done" if outcome.get("rc") == 0 else "failed"
+    return "running" if is_running(folder) else "dead"
+
+
+def has_source(folder: str) -> bool:
+    """Return whether the job's source is there, whole."""
+    return os.path.isdir(os.path.join(folder, "src"))
+
+
+def count_objects(log: str) -> Tuple[int, int]:
+    """Return how many objects a log says are compiled, and how many there are; 0 for what it doesn't say."""
+    steps = _NINJA.findall(log)
+    if steps:
+        return int(steps[-1][0]), int(steps[-1][1])
+    # setuptools names each compiler call before it makes it
+    return max(0, len(_COMPILE.findall(log)) - 1), 0
+
+
+def was_killed(returncode: int, log: str) -> bool:
+    """Return whether a build ended because memory ran out."""
+    return returncode in (137, -9) or bool(_KILLED.search(log))
+
+
+def failing_command(log: str) -> Optional[str]:
+    """Return the command that made a build fail, or None where the log doesn't tell."""
+    match = _FAILED_NINJA.search(log)
+    if match:
+        return match.group(1).strip()
+    match = _FAILED_SETUPTOOLS.search(log)
+    if not match:
+        return None
+    # setuptools names the program only; the call itself stands above
+    calls = [call for call in _COMPILE_LINE.findall(log[: match.start()]) if os.path.basename(match.group(1)) in call]
+    return calls[-1].strip() if calls else match.group(1).strip()
+
+
+def read_log(folder: str, limit: int = 4 << 20) -> str:
+    """Return the end of a job's log, at most limit bytes."""
+    try:
+        with open(os.path.join(folder, "log"), "rb") as handle:
+            handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, handle.tell() - limit))
+            return handle.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def tail(log: str, lines: int = TAIL_LINES) -> List[str]:
+    """Return the last lines of a log that are not empty."""
+    return [line.rstrip() for line in log.splitlines() if line.strip()][-lines:]
+
+
+def poll(folder: str, wait_seconds: float = 0.0, sleep: Any = time.sleep) -> Dict[str, Any]:
+    """Return where a job stands.
+
+    Args:
+        folder: the job's folder.
+        wait_seconds: stay this long for a running job to end; the answer comes as soon as it does.
+
+    Returns:
+        {state, objects_done, objects_total, elapsed (s), tail, log (path), jobs, rc}.
+    """
+    deadline = time.monotonic() + wait_seconds
+    state = job_state(folder)
+    while state == "running" and time.monotonic() < deadline:
+        sleep(min(0.5, max(0.05, deadline - time.monotonic())))
+        state = job_state(folder)
+    log = read_log(folder)
+    done, total = count_objects(log)
+    job = read_json(os.path.join(folder, "job.json")) or {}
+    outcome = read_json(os.path.join(folder, "rc.json")) or {}
+    if state == "done":
+        done = max(done, total)
+    elapsed = outcome.get("seconds", time.time() - job["started_at"] if job.get("started_at") else 0.0)
+    return {
+        "state": state,
+        "objects_done": done,
+        "objects_total": total,
+        "elapsed": round(max(0.0, float(elapsed)), 1),
+        "tail": tail(log, 5 if state == "running" else TAIL_LINES),
+        "log": os.path.join(folder, "log"),
+        "jobs": job.get("jobs"),
+        "rc": outcome.get("rc"),
+    }
+
+
+class BuildFailed(Problem):
+    """A build that failed, with the end of its log."""
+
+    def __init__(self, found: str, expected: str, next_step: str, last: Sequence[str]) -> None:
+        super().__init__(found, expected, next_step)
+        self.last = list(last)
+
+    def render(self) -> str:
+        """Return the message with the last lines of the log before it."""
+        return "last lines of the log:\n    {}\n{}".format("\n    ".join(self.last), super().render())
+
+
+def failure_tail(log: str) -> List[str]:
+    """Return the last lines of a failed build's log, without pip's repetition of its own command."""
+    match = _PIP_NOISE.search(log)
+    return tail(log[: match.start()] if match and log[: match.start()].strip() else log)
+
+
+def describe_failure(folder: str, component: str) -> BuildFailed:
+    """Return what is to be said about a job that failed or died."""
+    log = read_log(folder)
+    outcome = read_json(os.path.join(folder, "rc.json")) or {}
+    job = read_json(os.path.join(folder, "job.json")) or {}
+    returncode = int(outcome.get("rc", -1))
+    where = "whole log on the device: {}".format(os.path.join(folder, "log"))
+    last = failure_tail(log)
+    command = failing_command(log) or " ".join(job.get("argv", []))
+    if was_killed(returncode, log):
+        return BuildFailed(
+            f"the build of {component} was killed for want of memory ({job.get('jobs')} compilers at a time, "
+            f"{job.get('memory_available_mb')} MB free at its start); command: {command}",
+            f"about {job.get('job_memory_mb')} MB for each compiler",
+            f"set {component}_max_jobs: 1 and add swap (8 GB boards: 16 GB), then run again: it goes on where it "
+            f"stopped. {where}",
+            last,
+        )
+    if not outcome:
+        return BuildFailed(
+            f"the build of {component} ended without a result, as if killed or cut off from power",
+            "a build that ends by itself",
+            f"run again: it goes on where it stopped. {where}",
+            last,
+        )
+    return BuildFailed(
+        f"the build of {component} failed with exit status {returncode}; command: {command}",
+        "exit status 0",
+        f"cure what the compiler says, then run again: it goes on where it stopped. {where}",
+        last,
+    )
+
+
+# ---------------------------------------------------------------- start
+
+
+@contextlib.contextmanager
+def _launching(folder: str) -> Iterator[None]:
+    """Let one process at a time decide about a job."""
+    with open(os.path.join(folder, "launch.lock"), "w", encoding="ascii") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def is_finished(request: Request) -> bool:
+    """Return whether the job is done and its wheel is still the one that was judged."""
+    if job_state(request.folder) != "done":
+        return False
+    result = read_json(os.path.join(request.folder, "result.json"))
+    if result is None:
+        return len(_wheels(request.folder)) == 1
+    return files.sha256_file(str(result.get("wheel"))) == result.get("sha256")
+
+
+def start(request: Request, source: Optional[str]) -> Dict[str, Any]:
+    """Make sure that a job runs or has run: find it, or start it.
+
+    Args:
+        request: what to build.
+        source: the packed source on the device, or None where it was not sent yet.
+
+    Returns:
+        {state: running, done or needs_source; started: whether this call started it; resumed: whether it found
+        something to go on with; upload: where to put the source}.
+
+    Raises:
+        Problem: the device lacks what the build needs.
+    """
+    folder = request.folder
+    _refuse_blanks(folder)
+    _make_folder(folder)
+    with _launching(folder):
+        state = job_state(folder)
+        answer = {"state": state, "started": False, "resumed": False, "upload": os.path.join(folder, "source.tar")}
+        if state == "running" or is_finished(request):
+            return answer
+        if source is None and not has_source(folder):
+            # before a long way over the network: would it start at all?
+            check_device(request)
+            return dict(answer, state="needs_source")
+        check_device(request)
+        resumed = has_source(folder)
+        if source is not None:
+            if not resumed:
+                unpack_source(source, request.source_sha256, folder)
+            with contextlib.suppress(OSError):
+                os.unlink(source)
+        _launch(request)
+        return dict(answer, state="running", started=True, resumed=resumed)
+
+
+def _refuse_blanks(folder: str) -> None:
+    if re.search(r"\s|[$'\"]", folder):
+        raise Problem(
+            f"the build folder {folder!r} has blanks, quotes or a dollar sign in its name",
+            "a path that ninja and the compilers take as one word",
+            "set jetson_platform_build_root to another folder",
+        )
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        for name in ("bin", "tmp", "wheel"):
+            os.makedirs(os.path.join(folder, name), exist_ok=True)
+    except OSError as error:
+        raise Problem(
+            f"{folder} cannot be made: {error.strerror}",
+            "a build folder that the connecting user may write",
+            "correct jetson_platform_build_root or the folder's owner",
+        ) from error
+
+
+def check_device(request: Request) -> None:
+    """Check that the device has what the build needs.
+
+    Raises:
+        Problem: the first thing that is missing.
+    """
+    if not os.access(request.python, os.X_OK):
+        raise Problem(
+            f"there is no interpreter {request.python}",
+            "the environment that the wheel is for, with torch and the build tools in it",
+            "create the environment first (role torch_jetpack)",
+        )
+    parse_flags(request.flags)
+    free_mb = shutil.disk_usage(request.root).free >> 20
+    if free_mb < request.disk_mb:
+        raise Problem(
+            f"{request.root} has {free_mb} MB free",
+            f"{request.disk_mb} MB to build {request.component}",
+            "make room, or set jetson_platform_build_root to a folder on another disk",
+        )
+    if request.sm == "cpu":
+        return
+    nvcc = os.path.join(request.cuda_home, "bin", "nvcc")
+    if not os.access(nvcc, os.X_OK):
+        raise Problem(
+            f"there is no compiler {nvcc}",
+            "the CUDA toolkit's nvcc",
+            "install the toolkit (role cuda_env), or set the folder that it is in",
+        )
+    path = build_environment(request, 1)["PATH"]
+    if not shutil.which("ninja", path=path):
+        # without ninja torch calls nvcc itself, by a name of its own, and would compile for every GPU in the list
+        raise Problem(
+            f"there is no ninja in {os.path.dirname(request.python)}",
+            "ninja in the environment",
+            "install the environment's build tools again (role torch_jetpack)",
+        )
+
+
+def _launch(request: Request) -> None:
+    """Start the runner of a job, with nothing left that ties it to this process or its connection."""
+    folder = request.folder
+    available = memory_available_mb()
+    jobs = choose_jobs(available, request.job_memory_mb, os.cpu_count() or 1, request.max_jobs)
+    _end_leftovers(folder)
+    if request.sm != "cpu":
+        wrapper = nvcc_wrapper.script(sys.executable)
+        files.write_atomic(os.path.join(folder, "bin", "nvcc"), wrapper.encode("utf-8"), 0o755)
+    for name in ("rc.json", "result.json", "pid.json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+    for name in _wheels(folder):
+        os.unlink(name)
+    runner = os.path.join(folder, "runner.py")
+    files.write_atomic(runner, nvcc_wrapper.source_text(build_runner.__name__).encode("utf-8"), 0o644)
+    job = {
+        "schema": 1,
+        "component": request.component,
+        "version": request.version,
+        "key": request.key,
+        "source_sha256": request.source_sha256,
+        "sm": request.sm,
+        "modules": list(request.modules),
+        "argv": build_command(request),
+        "cwd": folder,
+        "env": build_environment(request, jobs),
+        "jobs": jobs,
+        "job_memory_mb": request.job_memory_mb,
+        "memory_available_mb": available,
+        "started_at": time.time(),
+    }
+    build_runner.write_json(os.path.join(folder, "job.json"), job)
+    lock = _take_lock(folder)
+    try:
+        _spawn([sys.executable, "-IS", runner, folder], os.path.join(folder, "log"), lock)
+    finally:
+        os.close(lock)
+
+
+def session_members(session: int) -> List[int]:
+    """Return the processes of a session."""
+    members = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError, ValueError), open(
+            f"/proc/{name}/stat", encoding="utf-8", errors="replace"
+        ) as handle:
+            fields = handle.read().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in ("Z", "X"):
+                members.append(int(name))
+    return members
+
+
+def _end_leftovers(folder: str, patience: float = 10.0) -> None:
+    """End compilers that outlived their job, so that two builds never write into one folder."""
+    old = read_json(os.path.join(folder, "pid.json"))
+    if not old or old.get("boot_id") != build_runner.boot_id() or old.get("session") == os.getsid(0):
+        return
+    deadline = time.monotonic() + patience
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        while True:
+            members = session_members(int(old["session"]))
+            for member in members:
+                with contextlib.suppress(OSError):
+                    os.kill(member, number)
+            if not members or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        deadline += patience
+
+
+def _take_lock(folder: str) -> int:
+    """Return a descriptor that holds the job's lock; those who only look hold it for moments."""
+    descriptor = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    for _attempt in range(100):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            time.sleep(0.05)
+    os.close(descriptor)
+    raise Problem(
+        f"processes of an earlier build still live in {folder}",
+        "a job without processes",
+        f"look at them with 'fuser -v {folder}/lock'; run again when they are gone",
+    )
+
+
+def _spawn(argv: List[str], log: str, lock: int) -> None:
+    """Start a process in a session of its own, as nobody's child, holding the lock and writing to the log."""
+    first = os.fork()
+    if first:
+        os.waitpid(first, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.chdir(os.path.dirname(log))
+        os.umask(0o022)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        kept = 3
+        # dup2 gives a descriptor that survives exec; every other one, the connection's too, is closed
+        if lock == kept:
+            os.set_inheritable(lock, True)
+        else:
+            os.dup2(lock, kept)
+        os.closerange(kept + 1, 65536)
+        os.execv(argv[0], argv)
+    finally:
+        os._exit(127)
+
+
+# ---------------------------------------------------------------- result
+
+
+def _wheels(folder: str) -> List[str]:
+    """Return the wheels of a job."""
+    where = os.path.join(folder, "wheel")
+    names = sorted(os.listdir(where)) if os.path.isdir(where) else []
+    return [os.path.join(where, name) for name in names if name.endswith(".whl")]
+
+
+def inspect_wheel(
+    path: str, component: str, version: str, modules: Sequence[str], machine: str
+) -> Dict[str, Any]:
+    """Read what a wheel really holds and check that it fits.
+
+    Args:
+        path: the wheel.
+        component, version: what it must be.
+        modules: extension modules that it must hold.
+        machine: the machine that every library in it must be for, as `uname -m` names it.
+
+    Returns:
+        {wheel, sha256, size_mb, tags, version, libraries: {name: machine}}.
+
+    Raises:
+        Problem: it is something else; a ready x86-64 wheel under an aarch64 name is the usual case.
+    """
+    rebuild = f"remove the job's folder {os.path.dirname(os.path.dirname(path))} and run again"
+    name = os.path.basename(path)
+    try:
+        with zipfile.ZipFile(path) as handle:
+            info = [one for one in handle.namelist() if re.match(r"^[^/]+\.dist-info/(WHEEL|METADATA)$", one)]
+            texts = {one.rpartition("/")[2]: handle.read(one).decode("utf-8", "replace") for one in info}
+            libraries = {
+                one: _machine_in(handle, one) for one in handle.namelist() if elf.is_library_name(one.split("/")[-1])
+            }
+    except (zipfile.BadZipFile, OSError) as error:
+        raise Problem(f"{name} cannot be read: {error}", "a whole wheel", rebuild) from error
+    tags = re.findall(r"^Tag:\s*(\S+)", texts.get("WHEEL", ""), re.M)
+    found_name = re.search(r"^Name:\s*(\S+)", texts.get("METADATA", ""), re.M)
+    found_version = re.search(r"^Version:\s*(\S+)", texts.get("METADATA", ""), re.M)
+    if not found_name or not found_version:
+        raise Problem(f"{name} has no METADATA with a name and a version", f"{component} {version}", rebuild)
+    if (
+        records.canonical_name(found_name.group(1)) != records.canonical_name(component)
+        or not versions.same_version(found_version.group(1).split("+")[0], version.split("+")[0])
+    ):
+        raise Problem(
+            f"{name} says that it is {found_name.group(1)} {found_version.group(1)}",
+            f"{component} {version}",
+            "check the source's version",
+        )
+    for library, found in sorted(libraries.items()):
+        if found != machine:
+            raise Problem(
+                "{} in {} is for {}".format(library, name, found or "no machine (no ELF file)"),
+                f"code for {machine}, compiled here (setup.py downloads a ready x86-64 wheel where it can)",
+                rebuild,
+            )
+    for module in modules:
+        if not any(fnmatch.fnmatch(one.split("/")[-1], module + ".*so") for one in libraries):
+            raise Problem(
+                f"{name} holds no extension {module} (it holds {', '.join(sorted(libraries)) or 'no library'})",
+                "the compiled extension",
+                "look into the build's log for why it was left out",
+            )
+    if not any(tag.endswith("_" + machine) for tag in tags):
+        raise Problem("{} has the tags {}".format(name, ", ".join(tags) or "none"), f"a tag for {machine}", rebuild)
+    return {
+        "wheel": path,
+        "sha256": files.sha256_file(path),
+        "size_mb": round(os.path.getsize(path) / 1e6, 1),
+        "tags": tags,
+        "version": found_version.group(1),
+        "libraries": libraries,
+    }
+
+
+def _machine_in(handle: zipfile.ZipFile, name: str) -> Optional[str]:
+    with handle.open(name) as stream:
+        return elf.machine_of_header(stream.read(elf.HEADER_BYTES))
+
+
+def list_cubins(wheel: str, modules: Sequence[str], cuda_home: str) -> Optional[List[str]]:
+    """Return the GPU numbers that a wheel's extensions hold code for, or None where no cuobjdump can tell."""
+    tool = os.path.join(cuda_home, "bin", "cuobjdump")
+    if not os.access(tool, os.X_OK):
+        return None
+    found = set()
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(wheel)) as folder, zipfile.ZipFile(wheel) as handle:
+        for name in handle.namelist():
+            if not any(fnmatch.fnmatch(name.split("/")[-1], module + ".*so") for module in modules):
+                continue
+            copy = os.path.join(folder, "extension.so")
+            with handle.open(name) as stream, open(copy, "wb") as output:
+                shutil.copyfileobj(stream, output)
+            done = subprocess.run(
+                [tool, "--list-elf", copy], capture_output=True, check=False,
+                env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
+            )
+            found.update(_CUBIN_SM.findall(done.stdout.decode("utf-8", "replace")))
+    return sorted(found)
+
+
+def result(request: Request, machine: str) -> Dict[str, Any]:
+    """Judge the wheel of a job that is done, and write the judgement down.
+
+    Returns:
+        what inspect_wheel returns, with cubins, seconds, log, built_at (UTC).
+
+    Raises:
+        Problem: the job failed, or the wheel is not what it must be.
+    """
+    folder = request.folder
+    if job_state(folder) != "done":
+        raise describe_failure(folder, request.component)
+    wheels = _wheels(folder)
+    if len(wheels) != 1:
+        raise Problem(
+            f"the build of {request.component} left {len(wheels)} wheels in {folder}/wheel",
+            "one wheel",
+            f"remove {folder} and run again",
+        )
+    found = inspect_wheel(wheels[0], request.component, request.version, request.modules, machine)
+    cubins = None if request.sm == "cpu" else list_cubins(wheels[0], request.modules, request.cuda_home)
+    if cubins is not None and request.sm not in cubins:
+        raise Problem(
+            "{} holds GPU code for {}".format(wheels[0], ", ".join("sm_" + one for one in cubins) or "no GPU"),
+            f"code for sm_{request.sm}",
+            f"remove {folder} and run again; look into its log for what nvcc was asked",
+        )
+    outcome = read_json(os.path.join(folder, "rc.json")) or {}
+    ended = float(outcome.get("ended_at", time.time()))
+    found.update(
+        cubins=cubins,
+        seconds=outcome.get("seconds"),
+        log=os.path.join(folder, "log"),
+        built_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
+    )
+    build_runner.write_json(os.path.join(folder, "result.json"), found)
+    return found
+
+
+def clean_up(folder: str) -> None:
+    """Remove what a finished job needs no more; its log, its records and its wheel stay (a repair needs no build)."""
+    for name in ("src", "src.partial", "tmp", "bin"):
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for name in ("source.tar", "runner.py"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))

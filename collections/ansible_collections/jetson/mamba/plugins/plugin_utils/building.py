@@ -1,0 +1,215 @@
+"""Follow a build on a device from the controller: send the source, start it, tell how far it is, fetch what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.jetson.mamba.plugins.module_utils.build import build_key, job_folder
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, sources
+
+# the device answers at once when a build ends; until then it stays this long before it says how far it is
+POLL_SECONDS = 10
+# a reboot, a Wi-Fi that comes back: the build doesn't need the connection, so neither does giving up
+PATIENCE_SECONDS = 600
+RETRY_SECONDS = 10
+DEFAULT_CACHE = "~/.cache/jetson-mamba"
+
+
+class StepFailed(Exception):
+    """A module on the device failed; result is what Ansible shall show."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__(str(result.get("msg", "")))
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Device:
+    """How to reach a device.
+
+    Args:
+        host: its name in messages.
+        run: runs a module there: (name, arguments) -> its result.
+        send: copies a file there: (local, remote).
+        receive: copies a file from there: (remote, local).
+        say: shows one line to the user.
+        lost: exceptions that mean that the connection was lost.
+    """
+
+    host: str
+    run: Callable[[str, dict[str, Any]], dict[str, Any]]
+    send: Callable[[str, str], Any]
+    receive: Callable[[str, str], Any]
+    say: Callable[[str], Any]
+    lost: tuple[type[Exception], ...] = ()
+
+
+@dataclass(frozen=True)
+class Order:
+    """A build that is wanted, with its source at hand.
+
+    Args:
+        row: the component's row.
+        source: its packed source on the controller.
+        key: digest of everything that the wheel is made from.
+        arguments: of the module jetson.mamba.build_wheel, all but mode.
+    """
+
+    row: components.Component
+    source: sources.SourceArchive
+    key: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The job's folder on the device."""
+        return job_folder(self.arguments["build_root"], self.row.name, self.key)
+
+
+def cache_folder(setting: str | None) -> Path:
+    """Return the controller's cache folder for a setting that may be empty."""
+    return Path(setting or DEFAULT_CACHE).expanduser()
+
+
+def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = None) -> Order:
+    """Prepare the source and compute the key.
+
+    Args:
+        options: component, version, source, cache, class_id, sm, build_flags, max_jobs, build_root, python, cuda_home.
+        say: shows one line to the user.
+
+    Raises:
+        Problem: the source is not to be had or not what it must be.
+    """
+    row = components.component(options["component"], options["version"])
+    cache = cache_folder(options.get("cache"))
+    source = sources.prepare(row.name, row.version, options.get("source") or None, cache, say)
+    flags = list(options.get("build_flags") or [])
+    key = build_key(row.name, row.version, source.sha256, options["class_id"], str(options["sm"]), flags)
+    arguments = {
+        "component": row.name,
+        "version": row.version,
+        "build_root": options["build_root"],
+        "python": options["python"],
+        "cuda_home": options["cuda_home"] or "/usr/local/cuda",
+        "class_id": options["class_id"],
+        "sm": str(options["sm"]),
+        "max_jobs": int(options.get("max_jobs") or 0),
+        "build_flags": flags,
+        "key": key,
+        "source_sha256": source.sha256,
+        "force_build": row.force_build,
+        "modules": list(row.provides_modules),
+        "job_memory_mb": row.memory_for(str(options["sm"])),
+        "disk_mb": row.disk_mb,
+    }
+    return Order(row, source, key, arguments)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people write it: 45s, 1m20s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def progress_line(host: str, component: str, status: Mapping[str, Any]) -> str:
+    """Return one line that says how far a build is."""
+    done, total = status["objects_done"], status["objects_total"]
+    objects = f"{done}/{total} objects, " if total else f"{done} objects, " if done else ""
+    return f"{host} | {component}: {objects}{duration(status['elapsed'])} elapsed"
+
+
+def follow(
+    device: Device, order: Order, logs: str, sleep: Callable[[float], Any] = time.sleep
+) -> tuple[dict[str, Any], bool]:
+    """Make sure that the build runs, stay with it until it ends, and return its wheel.
+
+    Args:
+        device: where.
+        order: what.
+        logs: folder on the controller that the whole log is copied to if it fails.
+        sleep: waits, between attempts to reach a lost device.
+
+    Returns:
+        What the module's mode "result" returned, and whether this run compiled anything.
+
+    Raises:
+        StepFailed: a step failed; the log was fetched where there is one.
+    """
+    module = "jetson.mamba.build_wheel"
+
+    def step(mode: str, **more: Any) -> dict[str, Any]:
+        return _checked(device.run(module, {**order.arguments, "mode": mode, **more}))
+
+    name = f"{order.row.name} {order.row.version}"
+    answer = step("start")
+    if answer["state"] == "needs_source":
+        device.send(str(order.source.path), answer["upload"])
+        answer = step("start", source_tar=answer["upload"])
+    started = bool(answer["started"])
+    compiled = started or answer["state"] == "running"
+    if compiled:
+        minutes = order.row.minutes_for(str(order.arguments["sm"]))
+        what = "goes on where it stopped" if answer["resumed"] else "started" if started else "is running already"
+        about = f"about {minutes} min by estimate"
+        device.say(f"{device.host} | {name}: build {what}, {about}; log on the device: {order.folder}/log")
+    try:
+        while True:
+            status = _patiently(device, lambda: step("poll", wait_seconds=POLL_SECONDS), sleep)
+            if status["state"] != "running":
+                break
+            device.say(progress_line(device.host, order.row.name, status))
+        result = step("result")
+    except StepFailed as failure:
+        raise StepFailed(_with_log(device, order, failure.result, logs)) from failure
+    if compiled:
+        took = duration(result.get("seconds") or 0)
+        device.say(f"{device.host} | {name}: built in {took}, wheel of {result['size_mb']} MB")
+    return result, compiled
+
+
+def _checked(result: dict[str, Any]) -> dict[str, Any]:
+    if result.get("failed") or result.get("unreachable"):
+        raise StepFailed(result)
+    return result
+
+
+def _patiently(
+    device: Device, ask: Callable[[], dict[str, Any]], sleep: Callable[[float], Any]
+) -> dict[str, Any]:
+    """Ask until the device answers; the build goes on without us."""
+    waited = 0
+    while True:
+        try:
+            return ask()
+        except device.lost as error:
+            if waited >= PATIENCE_SECONDS:
+                raise
+            if not waited:
+                why = str(error).strip()[:120]
+                device.say(f"{device.host} | connection lost ({why}); the build goes on, trying again")
+            sleep(RETRY_SECONDS)
+            waited += RETRY_SECONDS
+
+
+def _with_log(device: Device, order: Order, failure: dict[str, Any], logs: str) -> dict[str, Any]:
+    """Return a failure with the place of the copied log in it."""
+    local = Path(logs).expanduser() / device.host / f"{order.row.name}-{order.key[:12]}.log"
+    with contextlib.suppress(OSError, *device.lost):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        device.receive(f"{order.folder}/log", str(local))
+        if local.is_file():
+            copied = os.path.relpath(local) if local.is_relative_to(Path.cwd()) else str(local)
+            message = f"{failure.get('msg', '')}\nlog:      {copied} (copy of it here)"
+            failure = {**failure, "msg": message, "local_log": str(local)}
+    return failure

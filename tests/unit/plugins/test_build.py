@@ -1,0 +1,435 @@
+"""Build jobs: detached, found again, judged."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.jetson.mamba.plugins.module_utils import build
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+
+KEY = "ab" * 32
+MACHINE = {"x86_64": 62, "aarch64": 183}
+
+
+def request(root: Path, **more: Any) -> build.Request:
+    values: dict[str, Any] = {
+        "component": "mamba_ssm",
+        "version": "2.2.4",
+        "key": KEY,
+        "source_sha256": "",
+        "root": str(root),
+        "python": sys.executable,
+        "cuda_home": "/nowhere/cuda",
+        "sm": "cpu",
+        "force_build": "MAMBA_FORCE_BUILD",
+        "modules": ("selective_scan_cuda",),
+        "job_memory_mb": 1000,
+        "disk_mb": 1,
+    }
+    return build.Request(**{**values, **more})
+
+
+# ---------------------------------------------------------------- key, jobs, environment
+
+
+def test_the_key_changes_with_every_input_and_not_with_their_order() -> None:
+    base = ("mamba_ssm", "2.2.4", "aa", "class", "87", ["B=1", "A=2"])
+    key = build.build_key(*base)
+    assert len(key) == 64 and key == build.build_key(*base[:5], ["A=2", "B=1"])
+    for place, other in enumerate(["x", "x", "x", "x", "72", ["A=2"]]):
+        changed: list[Any] = list(base)
+        changed[place] = other
+        assert build.build_key(*changed) != key
+
+
+@pytest.mark.parametrize(
+    ("available", "need", "cpus", "setting", "expected"),
+    [
+        (7000, 2600, 6, 0, 2),
+        (1000, 2600, 6, 0, 1),
+        (64000, 2600, 8, 0, 8),
+        (0, 2600, 8, 0, 1),
+        (64000, 2600, 8, 3, 3),
+        (1000, 2600, 2, 5, 5),
+    ],
+)
+def test_jobs_follow_memory(available: int, need: int, cpus: int, setting: int, expected: int) -> None:
+    assert build.choose_jobs(available, need, cpus, setting) == expected
+
+
+def test_memory_counts_swap(tmp_path: Path) -> None:
+    path = tmp_path / "meminfo"
+    path.write_text("MemFree: 1 kB\nMemAvailable: 2048000 kB\nSwapFree: 1024000 kB\nHugePages_Total: 0\n")
+    assert build.memory_available_mb(str(path)) == 3000
+
+
+def test_the_environment_is_the_builds_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONSTRAINT", "/x")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    flags = ("LDFLAGS=-Wl,-z,now", "A_B=c=d")
+    job = request(tmp_path, sm="87", cuda_home="/usr/local/cuda-12.6", python="/env/bin/python", flags=flags)
+    found = build.build_environment(job, 3)
+    assert "PIP_CONSTRAINT" not in found and "TORCH_CUDA_ARCH_LIST" not in found
+    assert found["PIP_CONFIG_FILE"] == os.devnull
+    assert found["MAMBA_FORCE_BUILD"] == "TRUE" and found["MAX_JOBS"] == "3" and found["A_B"] == "c=d"
+    assert found["PATH"].startswith("/env/bin:/usr/local/cuda-12.6/bin:/usr/")
+    assert found["PYTORCH_NVCC"] == f"{job.folder}/bin/nvcc"
+    assert found["JETSON_MAMBA_NVCC"] == "/usr/local/cuda-12.6/bin/nvcc" and found["JETSON_MAMBA_SM"] == "87"
+    assert found["LDFLAGS"] == "-Wl,-rpath,$ORIGIN/torch/lib -Wl,-z,now"
+    assert found["TMPDIR"].startswith(str(tmp_path))
+    plain = build.build_environment(request(tmp_path), 1)
+    assert not {"CUDA_HOME", "PYTORCH_NVCC"} & set(plain)
+
+
+@pytest.mark.parametrize("flag", ["-O3", "lower=1", "MAX_JOBS=4", "PYTORCH_NVCC=/x", "PATH=/x", "A"])
+def test_flags_that_are_none_are_refused(flag: str) -> None:
+    with pytest.raises(Problem):
+        build.parse_flags([flag])
+
+
+def test_the_command_isolates_nothing_and_fetches_nothing(tmp_path: Path) -> None:
+    command = build.build_command(request(tmp_path))
+    assert {"--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir"} <= set(command)
+    assert command[-1] == f"{tmp_path}/mamba_ssm-abababababab/src"
+
+
+# ---------------------------------------------------------------- logs
+
+
+def test_progress_is_read_from_ninja_and_from_setuptools() -> None:
+    ninja = "  running build_ext\n  [1/12] c++ -c a.cpp\n  [2/12] /x/nvcc -c b.cu\n"
+    assert build.count_objects(ninja) == (2, 12)
+    plain = "  gcc -pthread -Wall -c a.c -o a.o\n  x86_64-linux-gnu-gcc -c b.c -o b.o\n  gcc -shared a.o b.o\n"
+    assert build.count_objects(plain) == (1, 0)
+    assert build.count_objects("Processing ./src\n") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("returncode", "log"),
+    [
+        (137, ""),
+        (1, "c++: fatal error: Killed signal terminated program cc1plus\n"),
+        (1, "nvcc error   : 'cicc' died due to signal 9 (Kill signal)\n"),
+        (1, "Killed\nninja: build stopped\n"),
+    ],
+)
+def test_want_of_memory_is_recognised(returncode: int, log: str) -> None:
+    assert build.was_killed(returncode, log)
+
+
+def test_an_ordinary_error_is_not_want_of_memory() -> None:
+    assert not build.was_killed(1, "error: 'Killed' was not declared in this scope\n")
+
+
+def test_pips_repetitions_are_no_part_of_the_last_lines() -> None:
+    log = "a.c:1: error: q\n  error: subprocess-exited-with-error\n  full command: /x\n"
+    assert build.failure_tail(log) == ["a.c:1: error: q"]
+    assert build.failure_tail("error: subprocess-exited-with-error\n") == ["error: subprocess-exited-with-error"]
+
+
+def test_the_failing_command_is_found() -> None:
+    log = "[1/2] ok\n  FAILED: /x/a.o \n  /x/nvcc -c a.cu -o a.o\n  a.cu(3): error\n"
+    assert build.failing_command(log) == "/x/nvcc -c a.cu -o a.o"
+    error = "  error: command '/usr/bin/gcc' failed with exit code 1\n"
+    assert build.failing_command(error) == "/usr/bin/gcc"
+    assert build.failing_command("  gcc -c a.c\n  gcc -O3 -c b.c -o b.o\n" + error) == "gcc -O3 -c b.c -o b.o"
+    assert build.failing_command("nothing\n") is None
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A job whose command is a small script; start it with job(script)."""
+    wanted = request(tmp_path)
+    folder = Path(wanted.folder)
+    started: list[Path] = []
+
+    def begin(script: str) -> dict[str, Any]:
+        monkeypatch.setattr(build, "build_command", lambda _request: [sys.executable, "-uc", script])
+        (folder / "src").mkdir(parents=True, exist_ok=True)
+        started.append(folder)
+        return build.start(wanted, None)
+
+    yield begin, wanted
+    record = build.read_json(str(folder / "pid.json"))
+    if record and record["session"] != os.getsid(0):
+        for pid in build.session_members(record["session"]):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(folder: str, *states: str) -> dict[str, Any]:
+    for _ in range(100):
+        status = build.poll(folder, 0.1)
+        if status["state"] in states:
+            return status
+    raise AssertionError(status)
+
+
+def test_a_job_runs_detached_and_is_found_again(job: Any, tmp_path: Path) -> None:
+    begin, wanted = job
+    gate = tmp_path / "gate"
+    script = (
+        "import os,time\nprint('[1/3] x', flush=True)\n"
+        f"while not os.path.exists({str(gate)!r}): time.sleep(.05)\nprint('end')"
+    )
+    assert begin(script) == {
+        "state": "running", "started": True, "resumed": True, "upload": f"{wanted.folder}/source.tar",
+    }
+    again = begin("raise SystemExit(9)")
+    assert again["state"] == "running" and not again["started"]
+    record = wait_for_pid(wanted.folder)
+    assert os.getsid(record["pid"]) == record["session"] != os.getsid(0)
+    assert record["start_ticks"] > 0
+    for _ in range(50):
+        status = build.poll(wanted.folder)
+        if status["objects_total"]:
+            break
+        time.sleep(0.05)
+    assert (status["state"], status["objects_done"], status["objects_total"]) == ("running", 1, 3)
+    gate.touch()
+    done = wait_for(wanted.folder, "done")
+    assert done["objects_done"] == 3 and done["tail"][-1] == "end" and done["rc"] == 0
+
+
+def wait_for_pid(folder: str) -> dict[str, Any]:
+    for _ in range(100):
+        record = build.read_json(os.path.join(folder, "pid.json"))
+        if record:
+            return record
+        time.sleep(0.05)
+    raise AssertionError("no pid.json")
+
+
+def test_the_caller_is_not_kept_waiting(tmp_path: Path) -> None:
+    """What starts a job ends at once, and so do the pipes that its caller reads: an SSH session would hang on them."""
+    folder = tmp_path / "mamba_ssm-abababababab"
+    (folder / "src").mkdir(parents=True)
+    code = (
+        "import sys\n"
+        "from ansible_collections.jetson.mamba.plugins.module_utils import build\n"
+        "from test_build import request\n"
+        "from pathlib import Path\n"
+        "build.build_command = lambda _r: [sys.executable, '-c', 'import time; time.sleep(3)']\n"
+        f"print(build.start(request(Path({str(tmp_path)!r})), None)['state'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "running"
+    assert time.monotonic() - began < 2.5
+    assert build.job_state(str(folder)) == "running"
+    wait_for(str(folder), "done")
+
+
+def test_a_job_that_died_is_started_again_and_its_leftovers_are_ended(job: Any) -> None:
+    begin, wanted = job
+    compiler = "subprocess.Popen([sys.executable,'-c','import time; time.sleep(60)'])"
+    begin(f"import subprocess,sys,time\n{compiler}\ntime.sleep(60)")
+    record = wait_for_pid(wanted.folder)
+    for _ in range(100):
+        if len(build.session_members(record["session"])) >= 3:
+            break
+        time.sleep(0.05)
+    leftovers = build.session_members(record["session"])
+    assert len(leftovers) == 3
+    os.kill(record["pid"], signal.SIGKILL)
+    child = next(pid for pid in leftovers if pid != record["pid"])
+    assert build.job_state(wanted.folder) == "running", "pip still lives"
+    os.kill(child, signal.SIGKILL)
+    for _ in range(50):
+        if build.job_state(wanted.folder) == "dead":
+            break
+        time.sleep(0.05)
+    assert build.job_state(wanted.folder) == "dead"
+    assert "without a result" in build.describe_failure(wanted.folder, "mamba_ssm").found
+    Path(wanted.folder, "src", "object.o").touch()
+    assert begin("print('second')")["started"]
+    wait_for(wanted.folder, "done")
+    assert build.session_members(record["session"]) == []
+    assert Path(wanted.folder, "src", "object.o").exists()
+
+
+def test_a_failed_job_says_what_failed_and_is_tried_again(job: Any) -> None:
+    begin, wanted = job
+    begin("for n in range(60): print('line', n)\nprint('FAILED: a.o\\n/x/nvcc -c a.cu')\nraise SystemExit(1)")
+    assert wait_for(wanted.folder, "failed")["rc"] == 1
+    problem = build.describe_failure(wanted.folder, "mamba_ssm")
+    assert "command: /x/nvcc -c a.cu" in problem.found and "line 59" not in problem.found
+    assert "line 59\n" in problem.render() and "line 10\n" not in problem.render()
+    assert f"{wanted.folder}/log" in problem.next_step
+    with pytest.raises(Problem, match="exit status 1"):
+        build.result(wanted, "x86_64")
+    assert begin("pass")["started"]
+
+
+def test_a_killed_compiler_is_answered_with_what_helps(job: Any) -> None:
+    begin, wanted = job
+    begin("import os\nos.kill(os.getpid(), 9)")
+    assert wait_for(wanted.folder, "failed")["rc"] == 137
+    problem = build.describe_failure(wanted.folder, "mamba_ssm")
+    assert "want of memory" in problem.found and "mamba_ssm_max_jobs: 1" in problem.next_step
+
+
+def test_without_a_source_it_is_asked_for(tmp_path: Path) -> None:
+    answer = build.start(request(tmp_path), None)
+    assert answer["state"] == "needs_source" and not answer["started"]
+    assert answer["upload"] == f"{tmp_path}/mamba_ssm-abababababab/source.tar"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"python": "/no/python"}, "no interpreter /no/python"),
+        ({"sm": "87"}, "no compiler /nowhere/cuda/bin/nvcc"),
+        ({"disk_mb": 1 << 40}, "MB free"),
+        ({"flags": ("-O3",)}, "build flag"),
+    ],
+)
+def test_what_a_device_lacks_is_said_first(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=message):
+        build.start(request(tmp_path, **more), None)
+
+
+def test_a_folder_with_blanks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="blanks"):
+        build.start(request(tmp_path / "a b"), None)
+
+
+# ---------------------------------------------------------------- source
+
+
+def _tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> str:
+    import hashlib
+
+    with tarfile.open(path, "w") as handle:
+        for member, content in members:
+            member.size = len(content)
+            handle.addfile(member, io.BytesIO(content))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _info(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def test_a_source_is_unpacked_whole_or_not_at_all(tmp_path: Path) -> None:
+    archive = tmp_path / "s.tar"
+    digest = _tar(archive, (_info("a/b.py"), b"x"), (_info("l", tarfile.SYMTYPE, "a/b.py"), b""))
+    with pytest.raises(Problem, match="arrived with"):
+        build.unpack_source(str(archive), "0" * 64, str(tmp_path))
+    assert not (tmp_path / "src").exists()
+    build.unpack_source(str(archive), digest, str(tmp_path))
+    assert (tmp_path / "src/a/b.py").read_text() == "x" and (tmp_path / "src/l").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [(_info("../evil"), b"x")],
+        [(_info("/evil-8812"), b"x")],
+        [(_info("l", tarfile.SYMTYPE, "../../evil"), b"")],
+        [(_info("l", tarfile.SYMTYPE, "/etc"), b""), (_info("l/evil"), b"x")],
+        [(_info("f", tarfile.FIFOTYPE), b"")],
+    ],
+)
+def test_nothing_leads_out_of_a_source(members: list[tuple[tarfile.TarInfo, bytes]], tmp_path: Path) -> None:
+    inner = tmp_path / "job"
+    inner.mkdir()
+    digest = _tar(inner / "s.tar", *members)
+    with pytest.raises(Problem, match="the source holds"):
+        build.unpack_source(str(inner / "s.tar"), digest, str(inner))
+    assert not list(tmp_path.rglob("evil*")) and not (inner / "src").exists()
+
+
+# ---------------------------------------------------------------- wheel
+
+
+def _wheel(folder: Path, machine: str = "aarch64", tag: str = "cp310-cp310-linux_aarch64", version: str = "2.2.4",
+           module: str = "selective_scan_cuda") -> str:
+    header = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + struct.pack("<HH", 3, MACHINE.get(machine, 0)) + b"\0" * 44
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"mamba_ssm-{version}-cp310-cp310-linux_aarch64.whl"
+    with zipfile.ZipFile(path, "w") as handle:
+        handle.writestr(f"mamba_ssm-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        handle.writestr(f"mamba_ssm-{version}.dist-info/METADATA", f"Name: mamba-ssm\nVersion: {version}\n")
+        handle.writestr(f"{module}.cpython-310-aarch64-linux-gnu.so", header if machine else b"text")
+    return str(path)
+
+
+def inspect(path: str, machine: str = "aarch64") -> dict[str, Any]:
+    return build.inspect_wheel(path, "mamba_ssm", "2.2.4", ("selective_scan_cuda",), machine)
+
+
+def test_a_good_wheel_is_described(tmp_path: Path) -> None:
+    found = inspect(_wheel(tmp_path))
+    assert found["libraries"] == {"selective_scan_cuda.cpython-310-aarch64-linux-gnu.so": "aarch64"}
+    assert found["tags"] == ["cp310-cp310-linux_aarch64"] and found["version"] == "2.2.4" and len(found["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("wheel", "message"),
+    [
+        ({"machine": "x86_64", "tag": "cp310-cp310-linux_x86_64"}, "is for x86_64"),
+        ({"machine": "x86_64"}, "is for x86_64"),
+        ({"machine": ""}, "no ELF file"),
+        ({"tag": "cp310-cp310-linux_x86_64"}, "has the tags"),
+        ({"version": "2.2.5"}, "says that it is mamba-ssm 2.2.5"),
+        ({"module": "other"}, "holds no extension selective_scan_cuda"),
+    ],
+)
+def test_a_wheel_that_does_not_fit_is_refused(wheel: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=message):
+        inspect(_wheel(tmp_path, **wheel))
+
+
+def test_a_finished_job_is_kept_until_its_wheel_changes(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    folder = Path(wanted.folder)
+    path = _wheel(folder / "wheel")
+    (folder / "job.json").write_text("{}")
+    (folder / "rc.json").write_text(json.dumps({"rc": 0, "seconds": 5.0, "ended_at": 1700000000}))
+    found = build.result(wanted, "aarch64")
+    assert found["seconds"] == 5.0 and found["built_at"] == "2023-11-14T22:13:20Z" and found["cubins"] is None
+    (folder / "src").mkdir()
+    build.clean_up(str(folder))
+    assert not (folder / "src").exists()
+    assert build.is_finished(wanted)
+    assert build.start(wanted, None) == {
+        "state": "done", "started": False, "resumed": False, "upload": f"{folder}/source.tar",
+    }
+    with open(path, "ab") as handle:
+        handle.write(b"x")
+    assert not build.is_finished(wanted)
+    assert build.start(wanted, None)["state"] == "needs_source"
+
+
+def test_code_for_another_gpu_is_named(tmp_path: Path) -> None:
+    cuda = tmp_path / "cuda"
+    tool = cuda / "bin" / "cuobjdump"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\necho 'ELF file    1: x.1.sm_72.cubin'\necho 'ELF file    2: x.2.sm_90a.cubin'\n")
+    tool.chmod(0o755)
+    wanted = request(tmp_path, sm="87", cuda_home=str(cuda))
+    folder = Path(wanted.folder)
+    path = _wheel(folder / "wheel")
+    (folder / "job.json").write_text("{}")
+    (folder / "rc.json").write_text('{"rc": 0}')
+    assert build.list_cubins(path, wanted.modules, str(cuda)) == ["72", "90a"]
+    with pytest.raises(Problem, match="GPU code for sm_72, sm_90a"):
+        build.result(wanted, "aarch64")
