@@ -1,0 +1,75 @@
+#!/usr/bin/python
+"""Require that the linker finds libraries."""
+
+from __future__ import annotations
+
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+
+DOCUMENTATION = r"""
+---
+module: shared_libraries
+short_description: Require that the device's linker finds libraries
+description:
+  - Fails, naming the packages, where the linker cache does not hold a library. Changes nothing.
+version_added: 0.1.0
+author: The Jetson Mamba authors
+options:
+  libraries:
+    description: Soname to the Debian package that brings it.
+    type: dict
+    required: true
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Require what NVIDIA's torch is linked with
+  jetson.mamba.shared_libraries:
+    libraries:
+      libcusparseLt.so.0: libcusparselt0
+      libopenblas.so.0: libopenblas0
+"""
+
+RETURN = r"""
+missing:
+  description: Sonames that the linker cache does not hold (empty, as anything else fails).
+  returned: success
+  type: list
+  elements: str
+"""
+
+
+def sonames(printed: str) -> set[str]:
+    """Return the sonames in what `ldconfig -p` prints."""
+    return {line.split()[0] for line in printed.splitlines() if " => " in line}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={"libraries": {"type": "dict", "required": True}}, supports_check_mode=True
+    )
+    wanted = module.params["libraries"]
+    ldconfig = shutil.which("ldconfig", path="/usr/sbin:/sbin:/usr/bin:/bin") or "ldconfig"
+    _status, printed, _errors = module.run_command([ldconfig, "-p"], check_rc=True)
+    missing = sorted(set(wanted) - sonames(printed))
+    if missing:
+        packages = " ".join(sorted({wanted[name] for name in missing}))
+        problem = Problem(
+            "the linker finds no {}".format(", ".join(missing)),
+            "the libraries that the torch wheel is linked with",
+            f"install them: sudo apt-get install {packages} (libcusparselt0 is in NVIDIA's CUDA repository), or let "
+            "the run do it: -e torch_jetpack_install_libraries=true",
+        )
+        module.fail_json(msg=problem.render(), problem=problem.as_dict())
+    module.exit_json(changed=False, missing=[])
+
+
+if __name__ == "__main__":
+    main()
