@@ -48,7 +48,7 @@ class Fleet:
     def __init__(self, name: str, scratch: Path) -> None:
         self.name = name
         self.scratch = scratch
-        self.inventory = ROOT / ".cache" / "simulator" / "inventories" / f"{name}.ini"
+        self.inventory = ROOT / ".cache" / "simulator" / "inventories" / f"{name}.yml"
         self.runs = 0
 
     def simulator(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -67,7 +67,7 @@ def survey(site_packages: str, hash_packages: Sequence[str] = ()) -> Dict[str, D
     found: Dict[str, Dict[str, Any]] = {}
     hashed = {canonical_name(name) for name in hash_packages}
     for dist_info in sorted(glob.glob(os.path.join(site_packages, "*.dist-info"))):
-        metadata = {}
+        metadata: Dict[str, str] = {}
         try:
             with open(os.path.join(dist_info, "METADATA"), encoding="utf-8", errors="replace") as handle:
                 for line in handle:
