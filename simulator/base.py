@@ -82,6 +82,7 @@ def ensure(store: Store) -> str:
 
 def sweep(store: Store) -> None:
     """Remove what builds left that were cut off."""
+    store.drop_stale_locks()
     for left in store.bases.glob(".*"):
         if not Path("/proc", left.name.rpartition(".")[2]).exists():
             remove(left)
@@ -100,7 +101,12 @@ def _build(store: Store, key: str) -> None:
     temporary.mkdir()
     root = temporary / "rootfs"
     log = store.root / f"base-{key}.log"
-    argv = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(root)]
+    # apt cannot verify signatures below a folder with blanks or the like in its name, so it sees a plain one;
+    # that mount, and whatever mmdebstrap has started, are in namespaces that end with this process
+    plain = 'mount --bind "$1" /mnt && shift && "$@"'
+    argv = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    argv += ["sh", "-c", plain, "sh", str(temporary)]
+    argv += ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, "/mnt/rootfs"]
     try:
         with Waiting("building the Debian base, once", "1 to 3 minutes"), log.open("wb") as output:
             done = subprocess.run(

@@ -18,13 +18,18 @@ GROUP = "jetsons"
 
 def ssh_options(fleet_folder: Path, proxy_command: str) -> list[str]:
     """Return ssh's options to reach a host of the fleet, host keys checked against the fleet's own file."""
-    known_hosts = str(fleet_folder / "known_hosts").replace("%", "%%")
+    known_hosts = _for_ssh(fleet_folder / "known_hosts")
     return [
         "-o", f'UserKnownHostsFile="{known_hosts}"',
         "-o", "StrictHostKeyChecking=yes",
         "-o", "IdentitiesOnly=yes",
         "-o", f"ProxyCommand={proxy_command}",
     ]  # fmt: skip
+
+
+def key_file(fleet_folder: Path) -> str:
+    """Return the fleet's private key, as ssh wants it named."""
+    return _for_ssh(fleet_folder / "key")
 
 
 def render(hosts: Sequence[Host], fleet_folder: Path, proxy_command: str, extra: Sequence[dict[str, Any]] = ()) -> str:
@@ -38,7 +43,7 @@ def render(hosts: Sequence[Host], fleet_folder: Path, proxy_command: str, extra:
     """
     group: dict[str, Any] = {
         "ansible_user": USER,
-        "ansible_ssh_private_key_file": str(fleet_folder / "key"),
+        "ansible_ssh_private_key_file": key_file(fleet_folder),
         "ansible_ssh_common_args": shlex.join(ssh_options(fleet_folder, proxy_command)),
     }
     for variables in extra:
@@ -50,6 +55,11 @@ def render(hosts: Sequence[Host], fleet_folder: Path, proxy_command: str, extra:
             members[host.spec.name].setdefault("ansible_become_password", host.spec.sudo_password)
     data = {"all": {"children": {GROUP: {"hosts": members, "vars": group}}}}
     return "---\n" + yaml.safe_dump(data, sort_keys=False, width=10000, allow_unicode=True)
+
+
+def _for_ssh(path: Path) -> str:
+    # ssh replaces %h and the like in file names
+    return str(path).replace("%", "%%")
 
 
 def read_variables(path: Path) -> dict[str, Any]:

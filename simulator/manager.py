@@ -174,7 +174,8 @@ class Manager:
         """Return the ssh command to a host as the fleet's user."""
         folder = self.folder(fleet)
         options = inventory.ssh_options(folder, self.backend.proxy_command(fleet.network.name))
-        return ["ssh", *options, "-i", str(folder / "key"), f"{USER}@{host.address}", *command]
+        identity = f'IdentityFile="{inventory.key_file(folder)}"'
+        return ["ssh", *options, "-o", identity, f"{USER}@{host.address}", *command]
 
     # single hosts
 

@@ -96,6 +96,18 @@ class Store:
             path.unlink(missing_ok=True)
             os.close(handle)
 
+    def drop_stale_locks(self) -> None:
+        """Remove the lock files of killed processes; what is held stays."""
+        for path in self.root.glob(".lock-*"):
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _same(handle, path):
+                        path.unlink()
+                finally:
+                    os.close(handle)
+
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all."""

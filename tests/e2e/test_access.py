@@ -76,7 +76,12 @@ def ansible(words: list[str], prefix: list[str], answer: str | None = None) -> t
     # a session of its own, whose terminal getpass opens as /dev/tty
     process = subprocess.Popen(
         ["timeout", str(TIMEOUT), *prefix, "setsid", "--ctty", "--wait", tool, *words[1:]],
-        cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        cwd=ROOT,
+        env=env,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
     )
     os.close(terminal)
     output = b""

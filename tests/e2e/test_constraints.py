@@ -103,7 +103,7 @@ def test_without_the_torchvision_line_another_one_is_fetched(tmp_path: Path) -> 
     platform = row("jetpack-6.1-6.2")
     fake_wheels(tmp_path, dict(platform, torchvision=None))
     kept = [line for line in lines_of(platform) if not line.startswith("torchvision")]
-    chosen, error = resolve(tmp_path, kept, "ultralytics")
+    chosen, error = resolve(tmp_path, kept, "timm")
     assert not error
     assert not versions.same_version(chosen["torchvision"], platform["torchvision"]["version"])
 

@@ -126,8 +126,9 @@ def test_the_launcher_without_an_environment_explains_itself(root: Path) -> None
 
 def test_the_launcher_passes_its_arguments_on(root: Path) -> None:
     ensure(wish(root, activate=True), check=False)
-    command = [str(root / "bin/mamba-python"), "-c", "import sys, json; print(json.dumps(sys.argv[1:]))", "a b", "*", ""]
-    assert json.loads(subprocess.check_output(command)) == ["a b", "*", ""]
+    code = "import sys, json; print(json.dumps(sys.argv[1:]))"
+    printed = subprocess.check_output([str(root / "bin/mamba-python"), "-c", code, "a b", "*", ""])
+    assert json.loads(printed) == ["a b", "*", ""]
 
 
 def test_problems(root: Path, tmp_path: Path) -> None:

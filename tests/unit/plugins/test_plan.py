@@ -100,7 +100,15 @@ def test_devices_that_no_row_fits(changes: dict[str, Any], found: str, next_step
 
 
 def test_a_users_row_for_a_workstation_needs_no_l4t() -> None:
-    row = {"id": "ws", "l4t": ["none"], "soc": ["any"], "machine": "x86_64", "python": "3.12", "cuda": "13.0", "sm": "90"}
+    row = {
+        "id": "ws",
+        "l4t": ["none"],
+        "soc": ["any"],
+        "machine": "x86_64",
+        "python": "3.12",
+        "cuda": "13.0",
+        "sm": "90",
+    }
     match = plan.match_platform(orin(machine="x86_64", **{"l4t.release": None, "soc.soc": None}), [row, *ROWS])
     assert match.row == row
 
@@ -189,14 +197,19 @@ def test_the_class_ignores_the_l4t_release() -> None:
 
 WANTED: dict[str, Any] = {
     "files": {"/etc/profile.d/x.sh": "a" * 64},
-    "wheels": [{"name": "torch", "version": "2.5.0a0+872d972e41.nv24.08.17622132"}, {"name": "numpy", "version": "1.26.4"}],
+    "wheels": [
+        {"name": "torch", "version": "2.5.0a0+872d972e41.nv24.08.17622132"},
+        {"name": "numpy", "version": "1.26.4"},
+    ],
     "config": {"constraints.txt": "numpy==1.26.4\n"},
     "components": {
         "causal_conv1d": {"version": "1.6.0", "key": "k1", "minutes": 30, "disk_mb": 500},
         "mamba_ssm": {"version": "2.2.4", "key": "k2", "minutes": 60, "disk_mb": 900},
     },
     "shim": {"shim.pth": "b" * 64},
-    "patches": {"mamba_ssm": {"mamba_ssm/x.py": {"final": "f" * 64, "pristine": "p" * 64, "known": ["f" * 64, "p" * 64]}}},
+    "patches": {
+        "mamba_ssm": {"mamba_ssm/x.py": {"final": "f" * 64, "pristine": "p" * 64, "known": ["f" * 64, "p" * 64]}}
+    },
     "minutes": 5,
     "disk_mb": 6000,
 }
@@ -265,6 +278,35 @@ def test_each_difference_is_named(changes: dict[str, Any], outcome: str, reason:
     found = work(provisioned(**changes))
     assert list(found) == [outcome]
     assert reason in found[outcome]
+
+
+@pytest.mark.parametrize(
+    ("toolkits", "reason"),
+    [
+        ([], "CUDA 12.6 is not installed"),
+        ([{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": False}], "/usr/local/cuda-12.6 has no nvcc"),
+        ([{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": True}], None),
+    ],
+)
+def test_a_toolkit_is_work_only_where_the_run_may_install_it(toolkits: list[Any], reason: str | None) -> None:
+    state = provisioned()
+    state["cuda"]["toolkits"] = toolkits
+    assert work(state, {**WANTED, "toolkit": plan.toolkit_wish(ROW)}).get("cuda_env") == reason
+    assert work(state, {**WANTED, "toolkit": None}) == {}
+
+
+def test_a_file_that_shall_go_is_work() -> None:
+    assert "shall not be" in work(provisioned(), {**WANTED, "shim": {"shim.pth": None}})["sitecustomize"]
+
+
+FOREIGN = {"path": "/site/x.so", "found": "aarch64", "expected": "x86_64"}
+
+
+def test_a_library_of_another_machine_is_a_problem_unless_it_is_replaced() -> None:
+    (problem,) = plan.find_foreign_problems({"foreign": [FOREIGN]}, [], "x86_64")
+    assert "/site/x.so is made for aarch64" in problem["found"]
+    damaged = [{"reason": "x is damaged: x.so differs"}]
+    assert plan.find_foreign_problems({"foreign": [FOREIGN]}, damaged, "x86_64") == []
 
 
 def test_a_rebuilt_package_is_patched_again() -> None:

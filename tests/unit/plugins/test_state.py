@@ -77,7 +77,8 @@ def test_dpkg_status_finds_only_the_named_package(tmp_path: Path) -> None:
         tmp_path,
         "var/lib/dpkg/status",
         "Package: nvidia-l4t-core-extra\nStatus: install ok installed\nVersion: 1\n\n"
-        "Package: nvidia-l4t-core\nStatus: install ok installed\nArchitecture: arm64\nVersion: 36.4.7-20250918154033\n\n",
+        "Package: nvidia-l4t-core\nStatus: install ok installed\nArchitecture: arm64\n"
+        "Version: 36.4.7-20250918154033\n\n",
     )
     assert state.read_debs(str(tmp_path), ["nvidia-l4t-core", "absent"]) == {
         "nvidia-l4t-core": {"version": "36.4.7-20250918154033", "status": "install ok installed"}

@@ -44,9 +44,9 @@ def make_wheel(
         + "\nbody: no header\n"
     ).encode()
     record = ""
-    for path, data in content.items():
+    for member, data in content.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{path},sha256={digest},{len(data)}\n"
+        record += f"{member},sha256={digest},{len(data)}\n"
     content[f"{info}/RECORD"] = (record + f"{info}/RECORD,,\n").encode()
     path = folder / f"{name}-{file_version or version}-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -190,8 +190,8 @@ class Env:
         version = "python{}.{}".format(*sys.version_info[:2])
         self.python = str(folder / "bin/python")
         self.site = folder / "lib" / version / "site-packages"
-        pip = Path(subprocess.check_output([sys.executable, "-c", "import pip; print(pip.__path__[0])"], text=True).strip())
-        (self.site / "pip").symlink_to(pip)
+        found = subprocess.check_output([sys.executable, "-c", "import pip; print(pip.__path__[0])"], text=True)
+        (self.site / "pip").symlink_to(found.strip())
         self.source = folder.parent / "source"
         self.source.mkdir()
 
@@ -230,12 +230,16 @@ def test_another_build_of_one_version_replaces_it(env: Env, tmp_path: Path) -> N
     first = row(make_wheel(tmp_path, "built"), keep_origin=True, url="https://example.org/built.whl")
     env.install(first)
     assert env.query(first) == []
+    assert records.find_damage(str(env.site), str(env.site / "built-1.0.dist-info"), True) is None
     assert f"built @ https://example.org/built.whl#sha256={first['sha256']}" in env.freeze()
     (tmp_path / "again").mkdir()
     second = row(make_wheel(tmp_path / "again", "built", files={"built/__init__.py": b"value = 2\n"}), keep_origin=True)
     assert "another build" in env.query(second)[0]["reason"]
     env.install(second)
     assert env.query(second) == []
+    assert "built==1.0" in env.freeze().splitlines()
+    assert "another build" in env.query(first)[0]["reason"]
+    assert records.find_damage(str(env.site), str(env.site / "built-1.0.dist-info"), True) is None
     assert (env.site / "built/__init__.py").read_text() == "value = 2\n"
 
 

@@ -43,6 +43,7 @@ def test_a_place_with_blanks_and_percent_signs_reaches_ssh_whole() -> None:
     arguments = jetsons(inventory.render([], Path("/a b/100%"), "enter NAME %h:%p"))["vars"]["ansible_ssh_common_args"]
     words = shlex.split(arguments)
     assert 'UserKnownHostsFile="/a b/100%%/known_hosts"' in words
+    assert inventory.key_file(Path("/a b/100%")) == "/a b/100%%/key"
     assert "ProxyCommand=enter NAME %h:%p" in words
 
 

@@ -70,6 +70,14 @@ def test_a_lock_file_that_its_last_holder_removed_meanwhile_is_not_held(
     assert len(calls) == 2
 
 
+def test_only_the_lock_files_of_the_dead_are_dropped(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / ".lock-dead").touch()
+    with store.lock("held", "held"):
+        store.drop_stale_locks()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock-held"]
+
+
 def test_files_are_written_whole_with_their_mode(tmp_path: Path) -> None:
     write_text(tmp_path / "secret", "text", 0o600)
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

@@ -83,7 +83,7 @@ class ActionModule(ActionBase):
                 problems.append(
                     checks.problem(
                         f"role {role}: {message}",
-                        "a value as roles/%s/meta/argument_specs.yml describes it" % role,
+                        f"a value as roles/{role}/meta/argument_specs.yml describes it",
                         "correct it where it is set (inventory, group_vars or -e)",
                         role,
                     )

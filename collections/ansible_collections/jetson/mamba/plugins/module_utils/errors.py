@@ -22,7 +22,7 @@ class Problem(Exception):
 
     def render(self) -> str:
         """Return the message as people see it, three labelled lines."""
-        return "found:    %s\nexpected: %s\nnext:     %s" % (self.found, self.expected, self.next_step)
+        return f"found:    {self.found}\nexpected: {self.expected}\nnext:     {self.next_step}"
 
     def as_dict(self) -> Dict[str, str]:
         """Return the message as plain data (keys found, expected, next)."""

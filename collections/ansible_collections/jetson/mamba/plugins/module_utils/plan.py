@@ -16,6 +16,8 @@ SCHEMA = 1
 OLDEST_CLOCK = 1704067200  # 2024-01-01 UTC
 # pip unpacks beside the downloaded wheel, so an environment needs its own size and a bit at once
 MEMORY_FOR_INSTALL_MB = 700
+# an estimate of NVIDIA's toolkit packages, unpacked
+TOOLKIT_MB = 6000
 # the order in which outcomes are realised
 OUTCOMES = (
     "jetson_platform",
@@ -44,7 +46,7 @@ class Match(NamedTuple):
 def describe_rows(rows: Sequence[Row]) -> str:
     """Return the known platforms in one line."""
     return "; ".join(
-        "%s (L4T %s on %s)" % (row["id"], ", ".join(row["l4t"]), "/".join(row["soc"]))
+        "{} (L4T {} on {})".format(row["id"], ", ".join(row["l4t"]), "/".join(row["soc"]))
         for row in rows
         if not row.get("unsupported")
     )
@@ -61,8 +63,8 @@ def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
             None,
             problem(
                 "jetson_platform",
-                "no L4T release: /etc/nv_tegra_release is absent or unreadable (first line: %r) and the package "
-                "nvidia-l4t-core is not installed" % state["l4t"]["text"],
+                "no L4T release: /etc/nv_tegra_release is absent or unreadable (first line: {!r}) and the package "
+                "nvidia-l4t-core is not installed".format(state["l4t"]["text"]),
                 "a flashed Jetson, or a row in jetson_platform_rows with l4t: [none] for another machine",
                 "check that this host is a Jetson; if its release file was damaged, reinstall nvidia-l4t-core",
             ),
@@ -78,7 +80,7 @@ def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
                 None,
                 problem(
                     "jetson_platform",
-                    "L4T %s (JetPack %s)" % (release, row.get("jetpack")),
+                    "L4T {} (JetPack {})".format(release, row.get("jetpack")),
                     "one of: " + describe_rows(rows),
                     row["unsupported"],
                 ),
@@ -92,8 +94,8 @@ def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
             None,
             problem(
                 "jetson_platform",
-                "machine %s with L4T %s" % (state["machine"], release),
-                "machine %s, as platform row %s says" % (wrong_machine["machine"], wrong_machine["id"]),
+                "machine {} with L4T {}".format(state["machine"], release),
+                "machine {}, as platform row {} says".format(wrong_machine["machine"], wrong_machine["id"]),
                 "correct the row's machine, or take this host out of the inventory",
             ),
         )
@@ -101,7 +103,7 @@ def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
         None,
         problem(
             "jetson_platform",
-            "L4T %s on %s (%s)" % (release, soc or "an unknown SoC", state["soc"]["model"]),
+            "L4T {} on {} ({})".format(release, soc or "an unknown SoC", state["soc"]["model"]),
             "one of: " + describe_rows(rows),
             "flash a supported JetPack, or describe this one as a row in jetson_platform_rows (CONTRIBUTING.md)",
         ),
@@ -117,12 +119,12 @@ def class_id(row: Row, state: Dict[str, Any], torch_version: str) -> str:
     return "-".join(
         [
             row["machine"],
-            "glibc%s" % state["glibc"],
-            "cu%s" % row["cuda"],
-            "cp%s" % str(row["python"]).replace(".", ""),
-            "torch%s" % torch_version,
+            "glibc{}".format(state["glibc"]),
+            "cu{}".format(row["cuda"]),
+            "cp{}".format(str(row["python"]).replace(".", "")),
+            f"torch{torch_version}",
             "cxx11" if row.get("cxx11_abi", True) else "cxx98",
-            sm if sm == "cpu" else "sm%s" % sm,
+            sm if sm == "cpu" else f"sm{sm}",
         ]
     )
 
@@ -130,7 +132,7 @@ def class_id(row: Row, state: Dict[str, Any], torch_version: str) -> str:
 def env_id(row: Row, torch_version: str, wanted: Any) -> str:
     """Return the name of the environment's folder: readable, and a digest of everything wanted inside."""
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode("utf-8")).hexdigest()[:10]
-    return "torch%s-cp%s-%s" % (torch_version.split("+")[0], str(row["python"]).replace(".", ""), digest)
+    return "torch{}-cp{}-{}".format(torch_version.split("+")[0], str(row["python"]).replace(".", ""), digest)
 
 
 def find_interpreter(state: Dict[str, Any], version: str) -> Optional[Dict[str, Any]]:
@@ -164,7 +166,7 @@ def make_paths(row: Row, state: Dict[str, Any], settings: Dict[str, Any], env_na
         paths.update(
             env=env,
             python=os.path.join(env, "bin", "python"),
-            site_packages=os.path.join(env, "lib", "python%s" % row["python"], "site-packages"),
+            site_packages=os.path.join(env, "lib", "python{}".format(row["python"]), "site-packages"),
             state=os.path.join(root, "state", env_name),
         )
     return paths
@@ -175,7 +177,7 @@ def find_cuda_home(row: Row, state: Dict[str, Any]) -> str:
     for toolkit in state["cuda"]["toolkits"]:
         if short_cuda(toolkit["version"]) == str(row["cuda"]):
             return str(toolkit["path"])
-    return "/usr/local/cuda-%s" % row["cuda"]
+    return "/usr/local/cuda-{}".format(row["cuda"])
 
 
 def short_cuda(version: Optional[str]) -> Optional[str]:
@@ -215,9 +217,9 @@ def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) 
         return [
             problem(
                 "torch_jetpack",
-                "Python %s" % found,
-                "Python %s, for which the platform's torch (%s) is made" % (version, row["id"]),
-                "install it: sudo apt-get install python%s" % version,
+                f"Python {found}",
+                "Python {}, for which the platform's torch ({}) is made".format(version, row["id"]),
+                f"install it: sudo apt-get install python{version}",
             )
         ]
     problems = []
@@ -225,7 +227,7 @@ def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) 
         problems.append(
             problem(
                 "torch_jetpack",
-                "an EXTERNALLY-MANAGED marker in Python %s" % python["version"],
+                "an EXTERNALLY-MANAGED marker in Python {}".format(python["version"]),
                 "a Python whose user site pip may write to (jetson_platform_scope is user)",
                 "use the default jetson_platform_scope: venv",
             )
@@ -234,9 +236,9 @@ def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) 
         problems.append(
             problem(
                 "mamba_ssm",
-                "no Python.h for Python %s" % version,
+                f"no Python.h for Python {version}",
                 "the headers: extensions are compiled with them, and Triton compiles its launchers at run time",
-                "install them: sudo apt-get install python%s-dev" % version,
+                f"install them: sudo apt-get install python{version}-dev",
             )
         )
     return problems
@@ -249,7 +251,7 @@ def _compiler_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]
         problems.append(
             problem(
                 "mamba_ssm",
-                "no %s" % " and no ".join(missing),
+                "no {}".format(" and no ".join(missing)),
                 "a C and C++ compiler: extensions are compiled, and Triton compiles its launchers at run time",
                 "install it: sudo apt-get install build-essential",
             )
@@ -270,26 +272,27 @@ def _cuda_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) ->
     wanted = str(row["cuda"])
     if wanted == "none" or settings.get("cuda_env_install"):
         return []
-    package = "cuda-toolkit-%s" % wanted.replace(".", "-")
+    package = "cuda-toolkit-{}".format(wanted.replace(".", "-"))
     found = {short_cuda(toolkit["version"]): toolkit for toolkit in state["cuda"]["toolkits"]}
     if wanted not in found:
-        described = ", ".join("%s (%s)" % (t["version"], t["path"]) for t in state["cuda"]["toolkits"])
+        described = ", ".join("{} ({})".format(t["version"], t["path"]) for t in state["cuda"]["toolkits"])
         return [
             problem(
                 "cuda_env",
                 "CUDA toolkit: %s" % (described or "none under /usr/local"),
-                "CUDA %s, as platform %s has" % (wanted, row["id"]),
-                "install it: sudo apt-get install %s, or let the run do it: -e cuda_env_install=true" % package,
+                "CUDA {}, as platform {} has".format(wanted, row["id"]),
+                f"install it: sudo apt-get install {package}, or let the run do it: -e cuda_env_install=true",
             )
         ]
     if str(row["sm"]) != "cpu" and not found[wanted]["nvcc"]:
         return [
             problem(
                 "cuda_env",
-                "no bin/nvcc in %s" % found[wanted]["path"],
+                "no bin/nvcc in {}".format(found[wanted]["path"]),
                 "the CUDA compiler",
-                "install it: sudo apt-get install cuda-nvcc-%s, or let the run do it: -e cuda_env_install=true"
-                % wanted.replace(".", "-"),
+                "install it: sudo apt-get install cuda-nvcc-{}, or let the run do it: -e cuda_env_install=true".format(
+                    wanted.replace(".", "-")
+                ),
             )
         ]
     return []
@@ -304,10 +307,11 @@ def _library_problems(state: Dict[str, Any], settings: Dict[str, Any], needs: Di
     return [
         problem(
             "torch_jetpack",
-            "the linker finds no %s" % ", ".join(sorted(missing)),
+            "the linker finds no {}".format(", ".join(sorted(missing))),
             "the libraries that the torch wheel is linked with",
-            "install them: sudo apt-get install %s, or let the run do it: -e torch_jetpack_install_libraries=true"
-            % " ".join(sorted(set(missing.values()))),
+            "install them: sudo apt-get install {}, or let the run: -e torch_jetpack_install_libraries=true".format(
+                " ".join(sorted(set(missing.values())))
+            ),
         )
     ]
 
@@ -319,7 +323,7 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
             problems.append(
                 problem(
                     "torch_jetpack",
-                    "%s is on a read-only file system" % disk["existing"],
+                    "{} is on a read-only file system".format(disk["existing"]),
                     "a file system that can be written to",
                     "remount it read-write (look into dmesg first: it may have been remounted after errors), "
                     "or set jetson_platform_%sroot" % ("" if name == "root" else name + "_"),
@@ -329,8 +333,8 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
             problems.append(
                 problem(
                     "torch_jetpack",
-                    "%d MB free at %s" % (disk["free_mb"], disk["existing"]),
-                    "%d MB for what this run puts there" % needs["disk_mb"][name],
+                    "{} MB free at {}".format(disk["free_mb"], disk["existing"]),
+                    "{} MB for what this run puts there".format(needs["disk_mb"][name]),
                     "free space there, or name a larger disk (NVMe): jetson_platform_%sroot"
                     % ("" if name == "root" else name + "_"),
                 )
@@ -351,8 +355,8 @@ def _memory_problems(state: Dict[str, Any], needs: Dict[str, Any], outcomes: Any
     return [
         problem(
             "torch_jetpack",
-            "%d MB of memory available (%d MB of it swap on disk)" % (available, memory["swap_free_mb"]),
-            "%d MB for what this run does" % wanted,
+            "{} MB of memory available ({} MB of it swap on disk)".format(available, memory["swap_free_mb"]),
+            f"{wanted} MB for what this run does",
             "stop what uses the memory (a desktop session takes about 1 GB), or add a swap file on NVMe",
         )
     ]
@@ -364,7 +368,7 @@ def _clock_problems(state: Dict[str, Any]) -> List[Dict[str, str]]:
     return [
         problem(
             "jetson_platform",
-            "the clock stands %d days after 1970-01-01" % (state["clock"] // 86400),
+            "the clock stands {} days after 1970-01-01".format(state["clock"] // 86400),
             "a clock that is right",
             "set it: sudo timedatectl set-ntp true, or sudo date -s …; a Jetson without RTC battery forgets it",
         )
@@ -378,9 +382,7 @@ def surveyed_site(state: Dict[str, Any], paths: Dict[str, Any], scope: str) -> O
     return state["environments"]["venvs"].get(os.path.basename(paths["env"]))
 
 
-def find_work(
-    state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: Dict[str, Any]
-) -> List[Dict[str, Any]]:
+def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return the outcomes that have work, in the order of the run, each with its reason.
 
     Args:
@@ -388,19 +390,20 @@ def find_work(
         paths: this host's folders.
         scope: venv or user.
         wanted: {files: {path: sha256}, wheels: [{name, version}], config: {name: text},
-            components: {name: {version, key, minutes, disk_mb, reinstall}}, shim: {path: sha256 or None},
-            patches: {package: {path: {final, pristine}}}, minutes, disk_mb}.
+            toolkit: {version, nvcc} or None, components: {name: {version, key, minutes, disk_mb, reinstall}},
+            shim: {path: sha256 or None}, patches: {package: {path: {final, pristine}}}, minutes, disk_mb}.
     """
     site = surveyed_site(state, paths, scope)
     work: List[Dict[str, Any]] = []
 
     def add(outcome: str, reason: Optional[str], what: str, minutes: float = 0, disk_mb: int = 0) -> None:
         if reason:
-            work.append(
-                {"outcome": outcome, "what": what, "reason": reason, "minutes": minutes, "disk_mb": disk_mb}
-            )
+            work.append({"outcome": outcome, "what": what, "reason": reason, "minutes": minutes, "disk_mb": disk_mb})
 
-    add("cuda_env", _file_reason(state["files"], wanted["files"]), "configure")
+    toolkit = _toolkit_reason(state, wanted.get("toolkit"))
+    add("cuda_env", toolkit, "install", 10, TOOLKIT_MB)
+    if not toolkit:
+        add("cuda_env", _file_reason(state["files"], wanted["files"]), "configure")
     add(
         "torch_jetpack",
         _environment_reason(state, site, paths, scope, wanted),
@@ -417,9 +420,25 @@ def find_work(
     for package, targets in wanted["patches"].items():
         reason = _patch_reason(site, targets)
         if reason is None and package in rebuilt and targets:
-            reason = "%s is installed anew" % package
+            reason = f"{package} is installed anew"
         add("source_patches", reason, "patch")
     return work
+
+
+def toolkit_wish(row: Row) -> Dict[str, Any]:
+    """Return {version, nvcc} of the CUDA toolkit that a row asks for."""
+    return {"version": str(row["cuda"]), "nvcc": str(row["sm"]) != "cpu"}
+
+
+def _toolkit_reason(state: Dict[str, Any], wish: Optional[Dict[str, Any]]) -> Optional[str]:
+    if not wish or wish["version"] == "none":
+        return None
+    found = {short_cuda(toolkit["version"]): toolkit for toolkit in state["cuda"]["toolkits"]}
+    if wish["version"] not in found:
+        return "CUDA {} is not installed".format(wish["version"])
+    if wish["nvcc"] and not found[wish["version"]]["nvcc"]:
+        return "{} has no nvcc".format(found[wish["version"]]["path"])
+    return None
 
 
 def _file_reason(found: Dict[str, Optional[str]], wanted: Dict[str, Optional[str]]) -> Optional[str]:
@@ -427,8 +446,8 @@ def _file_reason(found: Dict[str, Optional[str]], wanted: Dict[str, Optional[str
         if found.get(path) != digest:
             name = os.path.basename(path)
             if digest is None:
-                return "%s is there and shall not be" % name
-            return "%s is %s" % (name, "absent" if found.get(path) is None else "different")
+                return f"{name} is there and shall not be"
+            return "{} is {}".format(name, "absent" if found.get(path) is None else "different")
     return None
 
 
@@ -439,47 +458,45 @@ def _environment_reason(
         others = sorted(
             data["torch"]["version"] for data in state["environments"]["venvs"].values() if data.get("torch")
         )
-        had = " (found: torch %s in another environment)" % ", ".join(others) if others else ""
-        return "no environment for this selection%s" % had
+        had = " (found: torch {} in another environment)".format(", ".join(others)) if others else ""
+        return f"no environment for this selection{had}"
     if not site["python_runs"]:
         return "the environment's interpreter does not run"
     for wheel in wanted["wheels"]:
         installed = site["packages"].get(canonical_name(wheel["name"]))
         if not installed:
-            return "%s is not installed" % wheel["name"]
+            return "{} is not installed".format(wheel["name"])
         if not same_version(installed["version"] or "", wheel["version"]):
-            return "%s %s found, %s wanted" % (wheel["name"], installed["version"], wheel["version"])
+            return "{} {} found, {} wanted".format(wheel["name"], installed["version"], wheel["version"])
         if installed["damage"]:
-            return "%s is damaged: %s" % (wheel["name"], installed["damage"])
+            return "{} is damaged: {}".format(wheel["name"], installed["damage"])
     for name, text in wanted["config"].items():
         if site["config"].get(name) != text:
-            return "%s is %s" % (name, "different" if site["config"].get(name) else "absent")
+            return "{} is {}".format(name, "different" if site["config"].get(name) else "absent")
     return None
 
 
 def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict[str, Any]) -> Optional[str]:
     installed = (site or {}).get("packages", {}).get(name)
     if not site or not installed:
-        return "%s %s is not installed" % (name, component["version"])
+        return "{} {} is not installed".format(name, component["version"])
     if component.get("reinstall"):
-        return "%s_reinstall is set" % name
+        return f"{name}_reinstall is set"
     if not same_version(installed["version"] or "", component["version"]):
-        return "%s %s found, %s wanted" % (name, installed["version"], component["version"])
+        return "{} {} found, {} wanted".format(name, installed["version"], component["version"])
     if installed["damage"]:
-        return "%s is damaged: %s" % (name, installed["damage"])
+        return "{} is damaged: {}".format(name, installed["damage"])
     record = (site["records"] or {}).get(name)
     if not record:
-        return "there is no record of how %s was built" % name
+        return f"there is no record of how {name} was built"
     if record.get("key") != component["key"]:
-        return "%s was built from other inputs (key %s, wanted %s)" % (name, record.get("key"), component["key"])
+        return "{} was built from other inputs (key {}, wanted {})".format(name, record.get("key"), component["key"])
     return None
 
 
 def _patch_reason(site: Optional[Dict[str, Any]], targets: Dict[str, Dict[str, Any]]) -> Optional[str]:
-    pending = [
-        name for name, hashes in targets.items() if not site or site["files"].get(name) != hashes["final"]
-    ]
-    return "%d file(s) to patch: %s" % (len(pending), ", ".join(sorted(pending))) if pending else None
+    pending = [name for name, hashes in targets.items() if not site or site["files"].get(name) != hashes["final"]]
+    return "{} file(s) to patch: {}".format(len(pending), ", ".join(sorted(pending))) if pending else None
 
 
 def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> List[Dict[str, str]]:
@@ -494,11 +511,12 @@ def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) 
             problems.append(
                 problem(
                     "source_patches",
-                    "%s/%s has sha256 %s" % ((site or {})["site_packages"], name, found),
-                    "%s (as upstream ships it) or %s (patched): somebody changed this file"
-                    % (hashes["pristine"], hashes["final"]),
-                    "keep your change by copying the file away, then reinstall the package: -e %s_reinstall=true"
-                    % package,
+                    "{}/{} has sha256 {}".format((site or {})["site_packages"], name, found),
+                    "{} (as upstream ships it) or {} (patched): somebody changed this file".format(
+                        hashes["pristine"], hashes["final"]
+                    ),
+                    "keep your change by copying the file away, then reinstall the package: "
+                    f"-e {package}_reinstall=true",
                 )
             )
     return problems
@@ -516,8 +534,8 @@ def find_foreign_problems(
         problems.append(
             problem(
                 "torch_jetpack",
-                "%s is made for %s" % (item["path"], item["found"]),
-                "a library for %s" % machine,
+                "{} is made for {}".format(item["path"], item["found"]),
+                f"a library for {machine}",
                 "remove that file; if a package brought it, reinstall that package for this machine",
             )
         )

@@ -52,13 +52,13 @@ def find_damage(site_packages: str, dist_info: str, hashed: bool) -> Optional[st
         except OSError:
             if name.endswith(".pyc"):
                 continue  # a cache that any interpreter may drop
-            return "%s is missing" % name
+            return f"{name} is missing"
         if not wanted:
             continue
         if size and found_size != int(size):
-            return "%s has %d bytes, RECORD says %s" % (name, found_size, size)
+            return f"{name} has {found_size} bytes, RECORD says {size}"
         if hashed and record_hash(path) != wanted:
-            return "%s differs from its RECORD hash" % name
+            return f"{name} differs from its RECORD hash"
     return None
 
 

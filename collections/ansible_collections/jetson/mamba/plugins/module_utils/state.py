@@ -68,7 +68,7 @@ def run(argv: Sequence[str], timeout: float = 20.0) -> Optional[str]:
 def parse_release(text: str) -> Optional[str]:
     """Return the L4T release ("36.4.7") of /etc/nv_tegra_release's text, or None."""
     match = RELEASE_LINE.match(text)
-    return "%s.%s" % match.groups() if match else None
+    return "{}.{}".format(*match.groups()) if match else None
 
 
 def parse_deb_release(version: str) -> Optional[str]:
@@ -95,7 +95,7 @@ def read_debs(top: str, names: Sequence[str]) -> Dict[str, Dict[str, str]]:
     text = read_text(os.path.join(top, "var/lib/dpkg/status"), limit=64 << 20) or ""
     found: Dict[str, Dict[str, str]] = {}
     for name in names:
-        match = re.search(r"^Package: %s\n(?:.+\n)*" % re.escape(name), text, re.MULTILINE)
+        match = re.search(rf"^Package: {re.escape(name)}\n(?:.+\n)*", text, re.MULTILINE)
         if match:
             fields = dict(re.findall(r"^(Status|Version): (.*)$", match.group(0), re.MULTILINE))
             found[name] = {"version": fields.get("Version", ""), "status": fields.get("Status", "")}

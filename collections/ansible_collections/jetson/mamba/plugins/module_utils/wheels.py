@@ -33,6 +33,8 @@ from ansible_collections.jetson.mamba.plugins.module_utils.versions import (
 )
 
 SMALL_FILES = "small.tar"
+# in a .dist-info folder: the sha256 of the file that was installed, where there is no URL to name
+ORIGIN = "jetson-mamba-origin.json"
 _ERROR_TAIL = 2000
 # of the module wheel_set, whose two halves both check them
 EXTRA: dict[str, Any] = {
@@ -216,13 +218,15 @@ def _reason(site_packages: str, infos: Sequence[str], wheel: Row, hashed: bool) 
 
 
 def _recorded_sha256(dist_info: str) -> str | None:
-    """Return the sha256 of the file that pip installed from, where it recorded one (PEP 610)."""
-    try:
-        with open(os.path.join(dist_info, "direct_url.json"), encoding="utf-8") as handle:
-            archive = json.load(handle).get("archive_info", {})
-        return archive.get("hashes", {}).get("sha256") or archive.get("hash", "").partition("sha256=")[2] or None
-    except (OSError, ValueError, AttributeError):
-        return None
+    """Return the sha256 of the file that a distribution was installed from, where pip (PEP 610) or we recorded it."""
+    for name in ("direct_url.json", ORIGIN):
+        try:
+            with open(os.path.join(dist_info, name), encoding="utf-8") as handle:
+                archive = json.load(handle).get("archive_info", {})
+            return archive.get("hashes", {}).get("sha256") or archive.get("hash", "").partition("sha256=")[2] or None
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
 
 
 def free_mb(path: str) -> int:
@@ -374,27 +378,28 @@ def _settle_record(site_packages: str, wheel: Row) -> None:
     """Make RECORD true of what is on disk, and the record of a wheel's origin true once its copy is gone.
 
     Some wheels (numpy's) ship .pyc files, which pip compiles anew over the hashes that RECORD keeps: those hashes go,
-    as for every .pyc that pip makes. A wheel with `keep_origin` keeps pip's record of the file it came from, so that
-    another build of the same version is noticed, with the URL it came from; others lose it, so that `pip freeze`
-    prints name==version as for any wheel from an index.
+    as for every .pyc that pip makes. pip's record of the origin names a temporary copy. It gets the URL that the wheel
+    came from, or goes, so that `pip freeze` prints name==version; with `keep_origin` the sha256 is noted instead, so
+    that another build of the same version is noticed.
     """
     infos = dist_infos(site_packages).get(canonical_name(wheel["name"]), [])
     if len(infos) != 1:
         return
-    origin = os.path.join(infos[0], "direct_url.json")
-    relative = os.path.relpath(origin, site_packages)
+    direct, note = os.path.join(infos[0], "direct_url.json"), os.path.join(infos[0], ORIGIN)
+    origin = {"archive_info": {"hashes": {"sha256": wheel["sha256"]}}}
+    if wheel.get("url"):
+        wanted = {direct: dict(origin, url=wheel["url"]), note: None}
+    else:
+        wanted = {direct: None, note: origin if wheel.get("keep_origin") else None}
     before = [list(row) for row in read_entries(infos[0]) or []]
-    rows = [[row[0], "", ""] if row[0].endswith(".pyc") else row for row in before]
-    if os.path.isfile(origin):
-        rows = [row for row in rows if row[0] != relative]
-        if wheel.get("keep_origin"):
-            with open(origin, encoding="utf-8") as handle:
-                data = json.load(handle)
-            data["url"] = wheel.get("url") or data["url"]
-            write_atomic(origin, json.dumps(data, sort_keys=True).encode("utf-8"), 0o644)
-            rows.append([relative, record_hash(origin), str(os.path.getsize(origin))])
-        else:
-            os.unlink(origin)
+    replaced = {os.path.relpath(path, site_packages) for path in wanted}
+    rows = [[row[0], "", ""] if row[0].endswith(".pyc") else row for row in before if row[0] not in replaced]
+    for path, data in wanted.items():
+        if data is not None:
+            write_atomic(path, json.dumps(data, sort_keys=True).encode("utf-8"), 0o644)
+            rows.append([os.path.relpath(path, site_packages), record_hash(path), str(os.path.getsize(path))])
+        elif os.path.exists(path):
+            os.unlink(path)
     if rows != before:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)

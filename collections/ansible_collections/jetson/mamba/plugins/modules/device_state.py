@@ -3,6 +3,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.jetson.mamba.plugins.module_utils import state
+
 DOCUMENTATION = r"""
 module: device_state
 short_description: Read a device's whole state in one round trip
@@ -64,9 +67,6 @@ state:
   type: dict
   returned: always
 """
-
-from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.jetson.mamba.plugins.module_utils import state
 
 
 def main() -> None:

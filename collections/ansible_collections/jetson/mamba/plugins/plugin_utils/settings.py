@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def check_rows(rows: Any, origin: str) -> list[dict[str, str]]:
                 problems.append(
                     problem(
                         f"{name}: {key} is {value!r} ({type(value).__name__})",
-                        f"{kinds} (a version is quoted: \"3.10\", not 3.10)",
+                        f'{kinds} (a version is quoted: "3.10", not 3.10)',
                         fix,
                     )
                 )
@@ -133,7 +134,7 @@ def check_wheel(wheel: Any, name: str) -> list[dict[str, str]]:
     if bool(wheel.get("url")) == bool(wheel.get("path")):
         problems.append(problem(f"{name}: both or none of url and path", "exactly one", fix, "torch_jetpack"))
     digest = wheel.get("sha256")
-    if digest is not None and not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
+    if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
         problems.append(
             problem(f"{name}: sha256 {digest!r}", "64 lower-case hexadecimal digits, or null", fix, "torch_jetpack")
         )

@@ -18,11 +18,18 @@ from ansible_collections.jetson.mamba.plugins.module_utils import (
     versions,
 )
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch, locks, patch_series, sources, wheel_libs
+from ansible_collections.jetson.mamba.plugins.plugin_utils import (
+    components,
+    fetch,
+    locks,
+    patch_series,
+    sources,
+    wheel_libs,
+)
 
 DATA = Path(__file__).parent.parent / "data"
 COMPONENTS = ("causal_conv1d", "mamba_ssm")
-# a wheel's size on disk against its packed size, and the packed sizes where nothing is in the cache yet
+# a wheel's size on disk against its packed size
 UNPACKED = 3.6
 Settings = Mapping[str, Any]
 Data = dict[str, Any]
@@ -40,7 +47,7 @@ def lock_path(name: str) -> Path:
 
 
 def choose_wheels(row: Data, settings: Settings) -> tuple[list[Data], list[dict[str, str]]]:
-    """Return the wheels that no lock names (torch, torchvision), each {name, version, url or path, sha256}, and problems.
+    """Return the wheels that no lock names (torch, torchvision), each with its name, and problems.
 
     A checksum that nobody has published is null in the row; the user gives it or accepts trust on first use.
     """
@@ -63,7 +70,7 @@ def choose_wheels(row: Data, settings: Settings) -> tuple[list[Data], list[dict[
 
 
 def check_wheels(wheels: Sequence[Data], target: versions.Target, settings: Settings, cache: Path) -> list[Data]:
-    """Return a problem per wheel that is for another machine or Python, that is absent, or whose checksum is unknown."""
+    """Return a problem per wheel that is for another machine, that is absent, or whose checksum is unknown."""
     problems = []
     for wheel in wheels:
         filename = (wheel.get("path") or wheel["url"]).rsplit("/", 1)[-1]
@@ -177,7 +184,7 @@ class Wishes:
         series = {}
         for name, version in chosen_versions.items():
             try:
-                series[name] = patch_series.load_series(patch_root, name, version, chosen_versions)
+                series[name] = patch_series.load_series(str(patch_root), name, version, chosen_versions)
             except Problem as refusal:
                 self.problems.append(dict(refusal.as_dict(), outcome="source_patches"))
         return series
@@ -209,10 +216,7 @@ class Wishes:
                 path: {
                     "final": digest,
                     "pristine": pristine[path],
-                    "known": sorted(
-                        {item for patch in series if patch["target"] == path for item in
-                         (patch["sha256_before"], patch["sha256_after"])}
-                    ),
+                    "known": known_hashes(series, path),
                 }
                 for path, digest in final.items()
             }
@@ -221,15 +225,18 @@ class Wishes:
     def wanted(self, paths: Data) -> Data:
         """Return what plan.find_work compares with the survey."""
         settings = self.settings
+        state = settings["cuda_env_state"] if str(self.row["cuda"]) != "none" else "absent"
         cuda = cuda_env.planned_files(
             str(paths["cuda_home"]),
             self.state["environment_path"],
             login=settings["cuda_env_login"],
             ssh=settings["cuda_env_ssh"],
             service=settings["cuda_env_service"],
-            state=settings["cuda_env_state"],
+            state=state,
         )
-        shim_files = shim.wanted_files("") if settings["sitecustomize_state"] == "present" else {}
+        shim_files: Mapping[str, Any] = shim.wanted_files("")
+        if settings["sitecustomize_state"] != "present":
+            shim_files = dict.fromkeys(shim_files)
         config = environment.config_files(paths["env"] or "", self.constraints()) if self.scope == "venv" else {}
         packed = self.packed_mb()
         return {
@@ -239,6 +246,7 @@ class Wishes:
             "components": self.components,
             "shim": digests(shim_files),
             "patches": self.patch_targets(),
+            "toolkit": plan.toolkit_wish(self.row) if settings["cuda_env_install"] else None,
             "minutes": round(1 + packed / 300, 1),
             "disk_mb": self.installed_mb(),
         }
@@ -259,11 +267,15 @@ class Wishes:
         )
 
 
+def known_hashes(series: Sequence[Data], target: str) -> list[str]:
+    """Return every checksum that a target may have on its way through a series."""
+    steps = [patch for patch in series if patch["target"] == target]
+    return sorted({patch[key] for patch in steps for key in ("sha256_before", "sha256_after")})
+
+
 def digests(files: Mapping[str, Any]) -> dict[str, str | None]:
     """Return {path: sha256 of the content} of wanted files; None for one that shall not be there."""
     return {
-        path.lstrip("/") if not path.startswith("/etc") else path: (
-            None if spec is None else hashlib.sha256(spec.content.encode("utf-8")).hexdigest()
-        )
+        path: None if spec is None else hashlib.sha256(spec.content.encode("utf-8")).hexdigest()
         for path, spec in files.items()
     }

@@ -1,0 +1,267 @@
+"""The controller's half of wheel_set: asks first, sends only what is missing, cleans up."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible_collections.jetson.mamba.plugins.action import fetch_artefacts, wheel_set
+from ansible_collections.jetson.mamba.plugins.module_utils import wheels
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, transfer
+
+TARGET = {"machine": "aarch64", "python": "3.10", "glibc": "2.35"}
+X86 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00"
+
+
+def make_wheel(folder: Path, name: str, tag: str = "py3-none-any", files: dict[str, bytes] | None = None) -> Path:
+    """Write a wheel of version 1.0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-1.0-{tag}.whl"
+    content = {f"{name}.py": b"x = 1\n", **(files or {})}
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in content.items():
+            archive.writestr(member, data)
+        archive.writestr(f"{name}-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", f"{name}.py,,\n")
+    return path
+
+
+class Device(wheel_set.ActionModule):
+    """The action with a device that is a folder: its half runs here, and installing is unpacking."""
+
+    def __init__(self, arguments: dict[str, Any], check: bool = False) -> None:
+        self._task = SimpleNamespace(args=arguments, check_mode=check, async_val=0, action="wheel_set", diff=False)
+        self._connection = SimpleNamespace(_shell=SimpleNamespace(tmpdir=None), has_native_async=False)
+        self.calls: list[str] = []
+        self.sent: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.free_mb = 1000
+        self.install_fails = False
+
+    def _execute_module(self, *_positional: Any, **options: Any) -> dict[str, Any]:
+        arguments = options["module_args"]
+        self.calls.append(arguments["mode"])
+        missing = wheels.query(arguments["site_packages"], arguments["wheels"])
+        if arguments["mode"] == "query":
+            return {"changed": False, "missing": missing, "free_mb": self.free_mb}
+        self.rows = arguments["wheels"]
+        if self.install_fails:
+            return {"failed": True, "msg": "pip failed"}
+        for wheel in wheels.locate(arguments["wheels"], arguments["source_dir"]):
+            with zipfile.ZipFile(wheel["path"]) as archive:
+                archive.extractall(arguments["site_packages"])
+        return {"changed": True, "installed": [row["name"] for row in missing], "conflicts": []}
+
+    def _low_level_execute_command(self, cmd: str, sudoable: bool = True, **_options: Any) -> dict[str, Any]:
+        done = subprocess.run(["/bin/sh", "-c", cmd], capture_output=True, text=True)
+        return {"rc": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+
+    def _transfer_file(self, local_path: str, remote_path: str) -> str:
+        self.sent.append(Path(remote_path).name)
+        shutil.copy(local_path, remote_path)
+        return remote_path
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> dict[str, Any]:
+    """Return arguments with a lock of two wheels that are in the cache, and one extra wheel."""
+    cache = fetch.Cache(tmp_path / "cache")
+    lock = ""
+    for name in ("one", "two"):
+        path = make_wheel(tmp_path / "made", name)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        cache.take(path, digest, path.name)
+        lock += f"# {path.name} {100}\n{name}==1.0 --hash=sha256:{digest}\n"
+    (tmp_path / "lock.txt").write_text(lock)
+    extra = make_wheel(tmp_path / "own", "torch", "cp310-cp310-linux_aarch64")
+    (tmp_path / "site").mkdir()
+    return {
+        "python": "/usr/bin/python3",
+        "site_packages": str(tmp_path / "site"),
+        "lock": str(tmp_path / "lock.txt"),
+        "target": TARGET,
+        "extra": [{"name": "torch", "version": "1.0", "path": str(extra)}],
+        "tmp": str(tmp_path / "device tmp"),
+        "cache": str(cache.root),
+    }
+
+
+def run(device: wheel_set.ActionModule) -> dict[str, Any]:
+    """Run an action for a host."""
+    return device.run(None, {"inventory_hostname": "orin"})
+
+
+def test_installs_what_is_missing_and_leaves_nothing_behind(arguments: dict[str, Any]) -> None:
+    device = Device(arguments)
+    result = run(device)
+    assert result["changed"] and result["installed"] == ["one", "two", "torch"]
+    assert device.calls == ["query", "install"]
+    assert device.sent == [wheels.SMALL_FILES]
+    assert [row["keep_origin"] for row in device.rows] == [False, False, True]
+    assert all(len(row["sha256"]) == 64 for row in device.rows)
+    assert list(Path(arguments["tmp"]).iterdir()) == []
+    again = Device(arguments)
+    result = run(again)
+    assert not result["changed"] and again.calls == ["query"] and "diff" not in result
+
+
+def test_only_what_is_missing_is_sent(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(Device(arguments))
+    (Path(arguments["site_packages"]) / "two.py").unlink()
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 0)
+    device = Device(arguments)
+    result = run(device)
+    assert result["missing"] == [{"name": "two", "version": "1.0", "reason": "two.py is missing"}]
+    assert device.sent == ["two-1.0-py3-none-any.whl"]
+
+
+def test_check_mode_asks_and_does_no_more(arguments: dict[str, Any]) -> None:
+    device = Device(arguments, check=True)
+    result = run(device)
+    assert result["changed"] and device.calls == ["query"] and device.sent == []
+    assert result["diff"]["before"].splitlines()[0] == "one: not installed"
+    assert result["diff"]["after"].splitlines()[2] == "torch: 1.0"
+    assert not Path(arguments["tmp"]).exists()
+
+
+def test_the_folder_on_the_device_goes_also_when_installing_fails(arguments: dict[str, Any]) -> None:
+    device = Device(arguments)
+    device.install_fails = True
+    result = run(device)
+    assert result["failed"] and result["msg"] == "pip failed"
+    assert list(Path(arguments["tmp"]).iterdir()) == []
+
+
+def test_too_little_room_is_said_before_anything_is_sent(arguments: dict[str, Any]) -> None:
+    device = Device(arguments)
+    device.free_mb = 0
+    result = run(device)
+    assert result["failed"] and "jetson_platform_tmp_root" in result["problem"]["next"]
+    assert device.sent == []
+
+
+def test_a_tmp_that_cannot_be_made(arguments: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(Device({**arguments, "tmp": str(tmp_path / "file/tmp")}))
+    assert result["failed"] and "no folder could be made" in result["msg"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "files", "words"),
+    [
+        ("cp311-cp311-linux_x86_64", {}, "cp311"),
+        ("cp310-cp310-linux_aarch64", {"core.so": X86}, "core.so is for x86_64"),
+    ],
+)
+def test_a_wheel_for_another_machine_is_refused(
+    arguments: dict[str, Any], tmp_path: Path, tag: str, files: dict[str, bytes], words: str
+) -> None:
+    wrong = make_wheel(tmp_path / "wrong", "torch", tag, files)
+    device = Device({**arguments, "extra": [{"name": "torch", "version": "1.0", "path": str(wrong)}]})
+    result = run(device)
+    assert result["failed"] and words in result["problem"]["found"]
+    assert "aarch64" in result["problem"]["expected"]
+    assert device.sent == [] and "install" not in device.calls
+
+
+def test_a_wheel_that_was_built_on_the_device(arguments: dict[str, Any], tmp_path: Path) -> None:
+    built = make_wheel(tmp_path / "build", "causal", "cp310-cp310-linux_aarch64")
+    arguments = {key: value for key, value in arguments.items() if key != "lock"}
+    device = Device({**arguments, "extra": [{"name": "causal", "version": "1.0", "remote_path": str(built)}]})
+    result = run(device)
+    assert result["installed"] == ["causal"] and device.sent == [] and built.exists()
+
+
+def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
+    for change, words in (
+        ({"target": None}, "lock without target"),
+        ({"target": {"machine": "aarch64"}}, "target lacks"),
+        ({"extra": [{"name": "torch", "version": "1.0"}]}, "no place"),
+        ({"extra": [{"name": "torch", "version": "1.0", "path": "/a", "url": "b"}]}, "url and path"),
+    ):
+        result = run(Device({**arguments, **change}))
+        assert result["failed"] and words in result["msg"]
+
+
+# ---------------------------------------------------------------- fetch_artefacts
+
+
+class Controller(fetch_artefacts.ActionModule):
+    """The action fetch_artefacts without Ansible around it."""
+
+    def __init__(self, arguments: dict[str, Any], check: bool = False) -> None:
+        self._task = SimpleNamespace(args=arguments, check_mode=check, async_val=0, action="fetch", diff=False)
+        self._connection = SimpleNamespace(_shell=SimpleNamespace(tmpdir=None), has_native_async=False)
+
+
+def fetch_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments that fetch_artefacts has too."""
+    return {name: arguments[name] for name in ("lock", "target", "extra", "cache")}
+
+
+def test_fetch_artefacts_has_nothing_to_do_where_all_is_cached(arguments: dict[str, Any]) -> None:
+    result = Controller(fetch_arguments(arguments)).run()
+    assert (result["changed"], result["fetched"], result["libraries"]) == (False, [], {})
+
+
+def test_fetch_artefacts_in_check_mode_names_what_is_absent(arguments: dict[str, Any], tmp_path: Path) -> None:
+    wanted = {**fetch_arguments(arguments), "cache": str(tmp_path / "empty")}
+    wanted["index_files"] = [{"project": "p", "filename": "p-1.tar.gz", "sha256": "a" * 64}]
+    result = Controller(wanted, check=True).run()
+    assert result["absent"] == ["one==1.0", "two==1.0", "p-1.tar.gz"]
+    assert not (tmp_path / "empty" / "files").exists()
+
+
+def test_fetch_artefacts_wants_a_checksum(arguments: dict[str, Any]) -> None:
+    wanted = fetch_arguments(arguments)
+    name = "torch-1.0-cp310-cp310-linux_aarch64.whl"
+    wanted["extra"] = [{"name": "torch", "version": "1.0", "url": f"http://127.0.0.1:9/{name}", "sha256": None}]
+    result = Controller(wanted).run()
+    assert result["failed"] and "sha256sum" in result["problem"]["next"]
+
+
+def test_fetch_artefacts_looks_into_extra_wheels(arguments: dict[str, Any], tmp_path: Path) -> None:
+    trap = make_wheel(tmp_path / "trap", "torch", "cp310-cp310-linux_aarch64", {"a.so": X86})
+    wanted = {**fetch_arguments(arguments), "extra": [{"name": "torch", "version": "1.0", "path": str(trap)}]}
+    assert "x86_64" in Controller(wanted).run()["msg"]
+
+
+# ---------------------------------------------------------------- transfer
+
+
+def test_pack_joins_small_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 10)
+    for name, size in (("a", 1), ("b", 2), ("c", 10)):
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = [str(tmp_path / name) for name in "abc"]
+    packed = transfer.pack(paths, tmp_path)
+    assert [name for _path, name in packed] == [wheels.SMALL_FILES, "c"]
+    assert transfer.pack(paths[:1], tmp_path) == [(paths[0], "a")]
+    assert transfer.pack([], tmp_path) == []
+
+
+def test_still_working_speaks_while_it_lasts() -> None:
+    said: list[str] = []
+    with transfer.StillWorking(said.append, "sending", interval=0.01):
+        for _attempt in range(500):
+            if said:
+                break
+            subprocess.run(["sleep", "0.01"], check=True)
+    count = len(said)
+    assert said and said[0].startswith("sending, for ")
+    subprocess.run(["sleep", "0.05"], check=True)
+    assert len(said) == count
+
+
+def test_problem_of_a_full_disk() -> None:
+    with pytest.raises(Problem):
+        wheel_set._check_room(10, 10, "/tmp")
+    wheel_set._check_room(9, 10, "/tmp")
