@@ -347,3 +347,10 @@ def test_an_error_of_ours_is_said_and_does_not_end_the_run(
     callback.v2_playbook_on_stats(Stats(["a"]))
     assert any("a  passed" in line for line in callback._display.shown)
     assert len(callback._display.warnings) == 1 and "fleet report: " in callback._display.warnings[0]
+
+
+def test_rescued_failure_does_not_explain_why_nothing_was_verified(callback: fleet_report.CallbackModule) -> None:
+    callback.v2_runner_on_ok(NewResult("a", "Plan", {"jetson_mamba_plan": IDLE}))
+    callback.v2_runner_on_failed(NewResult("a", "Try", {"msg": "x"}))
+    callback.v2_playbook_on_stats(Stats(["a"]))
+    assert "a  not verified  no verification was run" in shown(callback)

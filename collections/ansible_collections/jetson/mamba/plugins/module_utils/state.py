@@ -305,7 +305,7 @@ def collect(
         for facts in interpreters:
             user_sites[facts["path"]] = dict(
                 read_site(facts["user_site"], machine, hash_packages, site_files),
-                config={},
+                config={"constraints.txt": read_text(os.path.join(root, "state", "user", "constraints.txt"))},
                 python_runs=True,
                 records=read_records(os.path.join(root, "state", "user")),
             )

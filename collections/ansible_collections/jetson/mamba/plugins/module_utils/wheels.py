@@ -386,7 +386,9 @@ def _settle_record(site_packages: str, wheel: Row) -> None:
     if len(infos) != 1:
         return
     direct, note = os.path.join(infos[0], "direct_url.json"), os.path.join(infos[0], ORIGIN)
-    origin = {"archive_info": {"hashes": {"sha256": wheel["sha256"]}}}
+    # "hash" is the older spelling, which older pips show
+    digest = wheel["sha256"]
+    origin = {"archive_info": {"hash": "sha256=" + digest, "hashes": {"sha256": digest}}}
     if wheel.get("url"):
         wanted = {direct: dict(origin, url=wheel["url"]), note: None}
     else:

@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
 
 def clean(text: Any) -> str:
     """Return text that a device supplied without anything that could steer a terminal, on one line."""
-    words = " ".join(str(text).split())
+    words = " ".join(_ANSI.sub("", str(text)).split())
     return "".join(char for char in words if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"))
 
 

@@ -146,6 +146,7 @@ class Wishes:
                 "extra": [[wheel["name"], wheel["version"], wheel.get("sha256")] for wheel in self.extra],
                 "components": {name: data["key"] for name, data in self.components.items()},
                 "scope": settings["jetson_platform_scope"],
+                "system_packages": sorted(settings["torch_jetpack_system_packages"]),
             },
         )
 
@@ -237,7 +238,9 @@ class Wishes:
         shim_files: Mapping[str, Any] = shim.wanted_files("")
         if settings["sitecustomize_state"] != "present":
             shim_files = dict.fromkeys(shim_files)
-        config = environment.config_files(paths["env"] or "", self.constraints()) if self.scope == "venv" else {}
+        config = environment.config_files(paths["env"] or "", self.constraints())
+        if self.scope == "user":  # pip.conf is the user's own there
+            config = {environment.CONSTRAINTS: config[environment.CONSTRAINTS]}
         packed = self.packed_mb()
         return {
             "files": digests(cuda),
