@@ -156,6 +156,7 @@ class ActionModule(ActionBase):
                 "target": wishes.target._asdict(),
                 "extra": wishes.extra,
                 "cache": str(wishes.cache),
+                "trust_on_first_use": settings["torch_jetpack_trust_on_first_use"],
             },
             "l4t": state["l4t"]["release"],
             "work": work,

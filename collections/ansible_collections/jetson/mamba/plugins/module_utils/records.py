@@ -46,12 +46,12 @@ def find_damage(site_packages: str, dist_info: str, hashed: bool) -> Optional[st
     if not entries:
         return "RECORD is missing or empty: an installation was interrupted"
     for name, wanted, size in entries:
+        if name.endswith(".pyc"):
+            continue  # a cache that pip and any interpreter may drop or write anew
         path = os.path.join(site_packages, name)
         try:
             found_size = os.stat(path).st_size
         except OSError:
-            if name.endswith(".pyc"):
-                continue  # a cache that any interpreter may drop
             return f"{name} is missing"
         if not wanted:
             continue

@@ -143,7 +143,9 @@ class Wishes:
             torch,
             {
                 "wheels": [[entry.name, entry.version, *entry.hashes] for entry in self.locked],
-                "extra": [[wheel["name"], wheel["version"], wheel.get("sha256")] for wheel in self.extra],
+                "extra": [
+                    [wheel["name"], wheel["version"], wheel.get("sha256") or wheel.get("url")] for wheel in self.extra
+                ],
                 "components": {name: data["key"] for name, data in self.components.items()},
                 "scope": settings["jetson_platform_scope"],
                 "system_packages": sorted(settings["torch_jetpack_system_packages"]),
