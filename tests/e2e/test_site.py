@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import subprocess
@@ -229,8 +230,8 @@ def aarch64_library(scratch: Path) -> Path:
 
 
 def test_a_library_of_another_machine_is_named(provisioned: Fleet, tmp_path: Path) -> None:
-    library = base64.b64encode(aarch64_library(tmp_path).read_bytes()).decode()
-    script = f"cd {SITE}; for f in causal_conv1d_cuda*.so; do base64 -d > $f <<'END'\n{library}\nEND\ndone"
+    library = base64.b64encode(gzip.compress(aarch64_library(tmp_path).read_bytes())).decode()
+    script = f"cd {SITE}; for f in causal_conv1d_cuda*.so; do base64 -d <<'END' | gunzip > $f\n{library}\nEND\ndone"
     provisioned.root("orin-c", script)
     run = provisioned.playbook("playbooks/verify.yml", "--limit", "orin-c")
     assert run.status != 0
@@ -280,3 +281,33 @@ def test_an_unknown_l4t_is_refused(provisioned: Fleet) -> None:
         assert "jetson_platform_rows" in run.output
     finally:
         provisioned.root("orin-a", "cat /root/kept > /etc/nv_tegra_release; rm /root/kept")
+
+
+# --- other wishes --------------------------------------------------------------------------------------------------
+
+
+def test_chosen_system_packages_are_visible_in_a_new_environment(provisioned: Fleet) -> None:
+    before = provisioned.ssh("orin-b", "readlink /opt/jetson-mamba/current").strip()
+    python = "/opt/jetson-mamba/bin/mamba-python"
+    assert "ModuleNotFoundError" in provisioned.ssh("orin-b", f"{python} -c 'import apt_pkg' 2>&1", check=False)
+    wish = json.dumps({"torch_jetpack_system_packages": ["apt_pkg"]})
+    run = provisioned.playbook("site.yml", "--limit", "orin-b", "-e", wish)
+    assert run.status == 0
+    assert provisioned.ssh("orin-b", "readlink /opt/jetson-mamba/current").strip() != before
+    provisioned.ssh("orin-b", f"{python} -c 'import apt_pkg, mamba_ssm'")
+    # one package was asked for, not all of dist-packages
+    assert "ModuleNotFoundError" in provisioned.ssh("orin-b", f"{python} -c 'import apt' 2>&1", check=False)
+    back = provisioned.playbook("site.yml", "--limit", "orin-b")
+    assert back.status == 0
+    assert provisioned.ssh("orin-b", "readlink /opt/jetson-mamba/current").strip() == before
+
+
+def test_the_users_site(provisioned: Fleet) -> None:
+    wish = ("--limit", "orin-b", "-e", "jetson_platform_scope=user")
+    run = provisioned.playbook("site.yml", *wish)
+    assert run.status == 0
+    printed = provisioned.ssh("orin-b", "python3 -c 'import mamba_ssm; print(mamba_ssm.__file__)'")
+    assert printed.startswith("/home/jetson/.local/lib/python3.11/site-packages/")
+    again = provisioned.playbook("site.yml", *wish)
+    assert again.status == 0
+    assert again.recap["orin-b"]["changed"] == 0

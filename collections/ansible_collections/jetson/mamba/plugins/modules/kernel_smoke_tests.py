@@ -74,6 +74,12 @@ options:
         otherwise the smallest configuration of each kernel is tested.
     type: bool
     default: false
+  report_only:
+    description:
+      - Return the report of failed tests without failing the task, with the message that it would have failed with.
+        The caller has to fail on C(report.overall); so the terminal shows the message alone and not the whole report.
+    type: bool
+    default: false
 author:
   - The Jetson Mamba authors (@jetson-mamba)
 attributes:
@@ -140,6 +146,7 @@ def main() -> None:
             "timeout": {"type": "int", "default": 900},
             "min_free_mb": {"type": "int", "default": 1024},
             "autotune": {"type": "bool", "default": False},
+            "report_only": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
@@ -167,7 +174,10 @@ def main() -> None:
     except Problem as problem:
         module.fail_json(msg=problem.render(), problem=problem.as_dict())
     if report["overall"] == smoke_runner.FAILED:
-        module.fail_json(msg=smoke_runner.failure_message(report), report=report)
+        message = smoke_runner.failure_message(report)
+        if given["report_only"]:
+            module.exit_json(changed=False, report=report, msg=message)
+        module.fail_json(msg=message, report=report)
     module.exit_json(changed=False, report=report)
 
 
