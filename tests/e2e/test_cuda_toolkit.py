@@ -19,6 +19,7 @@ APT_SOURCE = r"""
 mkdir -p /srv/apt/pool/DEBIAN /srv/apt/pool/usr/local/cuda-12.6/bin /srv/apt/pool/usr/local/cuda-12.6/lib64
 cd /srv/apt
 printf '{"cuda": {"name": "CUDA SDK", "version": "12.6.11"}}\n' > pool/usr/local/cuda-12.6/version.json
+printf '#!/bin/sh\nexit 1\n' > pool/usr/local/cuda-12.6/bin/nvcc; chmod 755 pool/usr/local/cuda-12.6/bin/nvcc
 printf 'Package: cuda-toolkit-12-6\nVersion: 12.6.11-1\nArchitecture: all\nMaintainer: test <t@example.org>\n'\
 'Description: stand-in for the toolkit\n' > pool/DEBIAN/control
 dpkg-deb --build --root-owner-group pool cuda-toolkit-12-6.deb > /dev/null
@@ -27,6 +28,7 @@ dpkg-deb --build --root-owner-group pool cuda-toolkit-12-6.deb > /dev/null
   echo "SHA256: $(sha256sum cuda-toolkit-12-6.deb | cut -d' ' -f1)"; echo; } > Packages
 rm -rf pool /etc/apt/sources.list /etc/apt/sources.list.d/*
 echo 'deb [trusted=yes] file:/srv/apt ./' > /etc/apt/sources.list
+apt-get update > /dev/null
 """
 PLAYBOOK = [
     {"name": "CUDA alone", "hosts": "jetsons", "gather_facts": False, "roles": ["jetson_platform", "cuda_env"]},
