@@ -23,6 +23,8 @@ LISTING = (
 )
 SITE = "/opt/jetson-mamba/current/lib/python3.11/site-packages"
 KERNELS = {"causal_conv1d_fn", "causal_conv1d_update", "selective_scan_fn", "mamba_inner_fn", "mamba_module"}
+# of mamba-ssm 2.2.4, as its sdist has it
+PRISTINE = "c79f4432536402fe4d6c1026ccf8d5fc0aaa62b790e9a622295aee14ac45dbcc"
 NOT_RUN = {"mamba2_module", "mamba_split_conv1d_scan_combined", "torchvision_nms"}
 
 
@@ -241,6 +243,21 @@ def test_a_library_of_another_machine_is_named(provisioned: Fleet, tmp_path: Pat
     again = provisioned.playbook("site.yml", "--limit", "orin-c")
     assert again.status == 0
     assert "causal_conv1d is damaged" in words(again.output)
+
+
+def test_uninstalling_leaves_nothing_and_a_reinstall_is_patched_again(provisioned: Fleet) -> None:
+    python = "/opt/jetson-mamba/bin/mamba-python"
+    provisioned.ssh("orin-c", f"{python} -m pip uninstall --yes mamba_ssm")
+    assert provisioned.root("orin-c", f"ls {SITE} | grep -i -e mamba_ssm -e selective_scan || true").strip() == ""
+    restore(provisioned, "orin-c")
+
+
+def test_patches_are_taken_back_to_the_pristine_checksum(provisioned: Fleet) -> None:
+    target = f"{SITE}/mamba_ssm/ops/selective_scan_interface.py"
+    run = provisioned.playbook("site.yml", "--limit", "orin-c", "-e", "source_patches_state=absent")
+    assert run.status != 0, "unpatched call sites were verified as good"
+    assert provisioned.root("orin-c", f"sha256sum {target}").split()[0] == PRISTINE
+    restore(provisioned, "orin-c")
 
 
 # --- wrong input ends before anything changes ----------------------------------------------------------------------

@@ -58,6 +58,16 @@ def test_the_guides_platform_row(tmp_path: Path, settings: dict[str, Any]) -> No
     ]
 
 
+def test_patches_that_shall_go_want_the_pristine_file(tmp_path: Path, settings: dict[str, Any]) -> None:
+    present = wishes(tmp_path, settings).patch_targets()["mamba_ssm"]
+    settings["source_patches_state"] = "absent"
+    absent = wishes(tmp_path, settings).patch_targets()["mamba_ssm"]
+    assert present.keys() == absent.keys()
+    for path, hashes in absent.items():
+        assert hashes["final"] == hashes["pristine"] == present[path]["pristine"]
+        assert present[path]["final"] != hashes["final"]
+
+
 def test_an_unknown_checksum_stops_with_the_command_that_prints_it(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["torch_jetpack_trust_on_first_use"] = False
     problems = wishes(tmp_path, settings).problems

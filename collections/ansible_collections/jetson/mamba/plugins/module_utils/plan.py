@@ -496,7 +496,10 @@ def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict
 
 def _patch_reason(site: Optional[Dict[str, Any]], targets: Dict[str, Dict[str, Any]]) -> Optional[str]:
     pending = [name for name, hashes in targets.items() if not site or site["files"].get(name) != hashes["final"]]
-    return "{} file(s) to patch: {}".format(len(pending), ", ".join(sorted(pending))) if pending else None
+    if not pending:
+        return None
+    back = all(targets[name]["final"] == targets[name]["pristine"] for name in pending)
+    return "{} file(s) to {}: {}".format(len(pending), "restore" if back else "patch", ", ".join(sorted(pending)))
 
 
 def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> List[Dict[str, str]]:

@@ -181,8 +181,6 @@ class Wishes:
         return chosen
 
     def _series(self, patch_root: Path) -> dict[str, list[Data]]:
-        if self.settings["source_patches_state"] != "present":
-            return {}
         chosen_versions = {name: data["version"] for name, data in self.components.items()}
         series = {}
         for name, version in chosen_versions.items():
@@ -211,10 +209,12 @@ class Wishes:
         return int(self.row.get("disk_mb") or self.packed_mb() * UNPACKED)
 
     def patch_targets(self) -> dict[str, dict[str, Data]]:
-        """Return {package: {path: {final, pristine, known}}}."""
+        """Return {package: {path: {final, pristine, known}}}; final is pristine where patches shall be taken back."""
         targets: dict[str, dict[str, Data]] = {}
         for name, series in self.series.items():
-            final, pristine = patches.expected_hashes(series), patches.pristine_hashes(series)
+            pristine = patches.pristine_hashes(series)
+            present = self.settings["source_patches_state"] == "present"
+            final = patches.expected_hashes(series) if present else pristine
             targets[name] = {
                 path: {
                     "final": digest,
