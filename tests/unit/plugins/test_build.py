@@ -93,6 +93,33 @@ def test_the_environment_is_the_builds_own(tmp_path: Path, monkeypatch: pytest.M
     assert not {"CUDA_HOME", "PYTORCH_NVCC"} & set(plain)
 
 
+def test_in_the_users_site_the_build_sees_what_pip_puts_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts, cuda = tmp_path / "base" / "bin", tmp_path / "cuda"
+    for program in (scripts / "ninja", cuda / "bin" / "nvcc"):
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "base"))
+    more: dict[str, Any] = {"sm": "87", "cuda_home": str(cuda), "user": True}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    job = request(tmp_path, python=str(tmp_path / "bin" / "python"), **more)
+    found = build.build_environment(job, 1)
+    assert found["PATH"].split(":")[:3] == [str(scripts), f"{cuda}/bin", f"{tmp_path}/bin"]
+    assert found["PYTHONUSERBASE"] == str(tmp_path / "base")
+    build.check_device(job)
+    assert "PYTHONUSERBASE" not in build.build_environment(job._replace(user=False), 1)
+    (scripts / "ninja").unlink()
+    monkeypatch.setattr(build.shutil, "which", lambda name, path: None)
+    with pytest.raises(Problem, match=f"no ninja in {scripts}"):
+        build.check_device(job)
+
+
+def test_an_interpreter_that_does_not_tell_its_users_programs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="/bin/false does not say"):
+        build.build_environment(request(tmp_path, python="/bin/false", user=True), 1)
+
+
 @pytest.mark.parametrize("flag", ["-O3", "lower=1", "MAX_JOBS=4", "PYTORCH_NVCC=/x", "PATH=/x", "A"])
 def test_flags_that_are_none_are_refused(flag: str) -> None:
     with pytest.raises(Problem):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ansible_collections.jetson.mamba.plugins.modules import build_wheel, component
 from ansible_collections.jetson.mamba.plugins.plugin_utils import building, components, sources
 
 
@@ -99,3 +102,51 @@ def test_a_failure_brings_the_log(order: building.Order, tmp_path: Path) -> None
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (80, "1m20s"), (7500, "2h05m")])
 def test_durations(seconds: float, text: str) -> None:
     assert building.duration(seconds) == text
+
+
+def test_the_key_follows_the_patches_of_the_source(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "causal_conv1d").mkdir(parents=True)
+    (tree / "setup.py").write_text("one\n")
+    (tree / "causal_conv1d" / "__init__.py").write_text('__version__ = "1.6.0"\n')
+    series = tmp_path / "patches" / "causal_conv1d" / "1.6.0"
+    series.mkdir(parents=True)
+    (series / "0001-two.patch").write_text("--- a/setup.py\n+++ b/setup.py\n@@ -1 +1 @@\n-one\n+two\n")
+    before, after = (hashlib.sha256(text).hexdigest() for text in (b"one\n", b"two\n"))
+    (series / "series.yml").write_text(
+        'schema: 1\npackage: causal_conv1d\nversion: "1.6.0"\npatches:\n'
+        f"  - {{file: 0001-two.patch, target: setup.py, sha256_before: {before}, sha256_after: {after},\n"
+        '     applies_to: source, why: a test, upstream: none, until: null, when: {mamba_ssm: ">=2.2"}}\n'
+    )
+    options = {
+        "component": "causal_conv1d", "version": "1.6.0", "source": {"kind": "tree", "path": str(tree)},
+        "cache": str(tmp_path / "cache"), "class_id": "c", "sm": "cpu", "build_root": "/b", "python": "/p",
+        "scope": "user", "cuda_home": "",
+    }
+    plain = building.make_order(options)
+    patch_root = str(tmp_path / "patches")
+    patched = building.make_order({**options, "patch_root": patch_root, "companions": {"mamba_ssm": "2.2.4"}})
+    assert patched.key != plain.key and patched.source.sha256 != plain.source.sha256
+    older = building.make_order({**options, "patch_root": patch_root, "companions": {"mamba_ssm": "2.1"}})
+    assert older.key == plain.key
+    spec = build_wheel.argument_spec()
+    arguments = {**{name: option.get("default") for name, option in spec.items()}, **plain.arguments}
+    assert set(plain.arguments) <= set(spec) and build_wheel.make_request(arguments).user
+    assert not build_wheel.make_request({**arguments, "scope": "venv"}).user
+
+
+@pytest.mark.parametrize("role", ["causal_conv1d", "mamba_ssm"])
+def test_roles_build_with_the_patches_that_were_planned(role: str) -> None:
+    path = Path(__file__).parents[3] / "roles" / role / "tasks" / "main.yml"
+    arguments = yaml.safe_load(path.read_text())[0]["jetson.mamba.component"]
+    assert arguments["patch_root"] == "{{ jetson_platform_plan.artefacts.patch_root }}"
+    assert arguments["companions"] == "{{ jetson_platform_plan.versions }}"
+    assert set(arguments) <= set(component.argument_spec())
+
+
+@pytest.mark.parametrize("module", [build_wheel, component])
+def test_modules_take_what_a_source_is_patched_with(module: Any) -> None:
+    spec, documented = module.argument_spec(), yaml.safe_load(module.DOCUMENTATION)["options"]
+    assert {"patch_root", "companions", "scope"} <= set(spec) and set(spec) == set(documented)
+    for name, option in spec.items():
+        assert option["type"] == documented[name]["type"] and option.get("default") == documented[name].get("default")

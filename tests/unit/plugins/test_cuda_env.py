@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env
+from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, files
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
 HOME = "/usr/local/cuda-12.6"
@@ -245,7 +246,7 @@ def test_the_plan_says_what_the_device_gets(device: Path) -> None:
 )
 def test_whether_the_folder_is_included(device: Path, text: str, included: bool) -> None:
     (device / "etc/ssh/sshd_config").write_text(text)
-    assert cuda_env.read_sshd_config(str(device)).includes_drop_in is included
+    assert cuda_env.survey_sshd(str(device))["include"] is included
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,58 @@ def test_no_include_and_no_sshd_are_problems(device: Path) -> None:
 
 def test_a_loop_of_includes_ends(device: Path) -> None:
     (device / "etc/ssh/sshd_config.d/a.conf").write_text(INCLUDE)
-    assert cuda_env.read_sshd_config(str(device)).includes_drop_in
+    assert cuda_env.survey_sshd(str(device))["include"]
+
+
+def test_the_survey_of_sshd_is_plain_data(device: Path) -> None:
+    fine = {"exists": True, "readable": True, "include": True, "set_env": []}
+    assert cuda_env.survey_sshd(str(device)) == fine
+    assert json.loads(json.dumps(fine)) == fine
+    bring(device, Commands(), WISH)  # our own line is nobody else's
+    assert cuda_env.survey_sshd(str(device)) == fine
+    (device / "etc/ssh/sshd_config").unlink()
+    assert cuda_env.survey_sshd(str(device)) == {"exists": False, "readable": True, "include": False, "set_env": []}
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"exists": True, "readable": True, "include": True, "set_env": []}, None),
+        ({"readable": True, "include": True, "set_env": []}, None),
+        ({"readable": True, "include": True, "set_env": ["/etc/ssh/a.conf:3"]}, "SetEnv in /etc/ssh/a.conf:3"),
+        ({"readable": True, "include": False, "set_env": []}, "does not include /etc/ssh/sshd_config.d"),
+        ({"exists": False, "readable": True, "include": False, "set_env": []}, "there is no /etc/ssh/sshd_config"),
+        # what could not be read may hold the Include, but takes no SetEnv away
+        ({"readable": False, "include": False, "set_env": []}, None),
+        ({"readable": False, "include": False, "set_env": ["/etc/ssh/a.conf:3"]}, "SetEnv in /etc/ssh/a.conf:3"),
+        ({}, None),
+    ],
+)
+def test_what_forbids_a_line_of_ours_can_be_told_from_a_survey(config: dict[str, object], found: str | None) -> None:
+    problem = cuda_env.sshd_problem(config)
+    if found is None:
+        assert problem is None
+    else:
+        assert problem is not None and set(problem) == {"found", "expected", "next"}
+        assert found in problem["found"] and "cuda_env_ssh: false" in problem["next"]
+
+
+@pytest.mark.parametrize("path", ["sshd_config", "sshd_config.d/50-cloud-init.conf"])
+def test_what_only_root_may_read_is_no_problem_before_root_looks(
+    device: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def read_text(name: str) -> str | None:
+        if name.endswith(path):
+            raise Problem(f"{name} cannot be read", "", "")
+        return files.read_text(name)
+
+    (device / "etc/ssh/sshd_config.d/50-cloud-init.conf").write_text("PasswordAuthentication no\n")
+    monkeypatch.setattr(cuda_env, "read_text", read_text)
+    config = cuda_env.survey_sshd(str(device))
+    assert (config["exists"], config["readable"]) == (True, False)
+    assert cuda_env.sshd_problem(config) is None
+    with pytest.raises(Problem, match="cannot be read"):
+        cuda_env.require_sshd(str(device))
 
 
 def test_what_sshd_refuses_is_never_placed(device: Path) -> None:

@@ -305,6 +305,24 @@ def test_whole_fleet_at_the_end(callback: fleet_report.CallbackModule, kind: Any
     assert f"reports: reports/{folder.name}" in shown(callback)
 
 
+@pytest.mark.parametrize("kind", [OldResult, NewResult])
+def test_the_task_that_makes_a_failed_verification_fail_is_not_blamed(
+    callback: fleet_report.CallbackModule, kind: Any, tmp_path: Path
+) -> None:
+    failed = verification("failed")
+    failed["components"].append(component("device", "failed", message="no GPU"))
+    callback.v2_runner_on_ok(kind("bad", "Prove the kernels", {"report": failed}))
+    callback.v2_runner_on_failed(kind("bad", "Require that no component failed", {"msg": "x"}))
+    callback.v2_playbook_on_stats(Stats(["bad"], failures=["bad"]))
+    assert callback._display.shown[-4:-2] == [
+        "  \u2717  bad  failed  2 passed, 1 failed, 3 not run; cpu kernels",
+        "  1 host(s): 1 failed",
+    ] or "after verification" not in shown(callback)
+    (folder,) = (tmp_path / "reports").iterdir()
+    fleet = json.loads((folder / "fleet.json").read_text())["hosts"]
+    assert fleet["bad"]["state"] == "failed" and "after verification" not in fleet["bad"]["summary"]
+
+
 def test_rescued_failure_is_none(callback: fleet_report.CallbackModule) -> None:
     callback.v2_runner_on_failed(NewResult("a", "Try", {"msg": "x"}))
     callback.v2_runner_on_ok(NewResult("a", "Prove", {"report": verification()}))

@@ -43,9 +43,18 @@ def orin(**changes: Any) -> dict[str, Any]:
         "libraries": ["libopenblas.so.0"],
         "memory": {"total_mb": 8000, "available_mb": 6000, "swap_free_mb": 0, "zram_free_mb": 3500},
         "disk": {
-            name: {"path": "/opt/x", "existing": "/opt", "free_mb": 50000, "read_only": False, "writable": False}
-            for name in ("root", "build", "tmp")
+            name: {
+                "path": f"/{name}",
+                "existing": "/",
+                "exists": False,
+                "device": number,
+                "free_mb": 50000,
+                "read_only": False,
+                "writable": False,
+            }
+            for number, name in enumerate(("root", "build", "tmp", "user"))
         },
+        "user": {"name": "jetson"},
         "environments": {"current": None, "venvs": {}},
         "user_sites": {},
         "files": {},
@@ -153,6 +162,39 @@ def test_each_problem_is_named(changes: dict[str, Any], found: str, next_step: s
     assert found in problem["found"]
     assert next_step in problem["next"]
     assert problem["expected"]
+
+
+def test_folders_on_one_file_system_share_its_room() -> None:
+    one = {f"disk.{name}.device": 7 for name in ("root", "build", "tmp", "user")}
+    room = {f"disk.{name}.free_mb": 8999 for name in ("root", "build", "tmp", "user")}
+    (problem,) = problems(**one, **room)
+    assert "8999 MB free" in problem["found"]
+    assert "9000 MB" in problem["expected"]
+    assert problems(**one, **dict.fromkeys(room, 9000)) == []
+
+
+def test_somebody_elses_folder_is_refused() -> None:
+    (problem,) = problems(**{"disk.root.exists": True})
+    assert "/root belongs to another user" in problem["found"]
+    assert "/root/jetson-mamba" in problem["next"]
+    assert problems(**{"disk.root.exists": True, "disk.root.writable": True}) == []
+
+
+def test_a_toolkit_at_the_users_own_place() -> None:
+    toolkit = {"path": "/ssd/cuda", "version": "12.6.68", "nvcc": True}
+    state = orin(**{"cuda.toolkits": [toolkit]})
+    assert plan.find_problems(ROW, state, {**SETTINGS, "cuda_env_home": "/ssd/cuda"}, NEEDS, WORK) == []
+    (problem,) = plan.find_problems(ROW, state, {**SETTINGS, "cuda_env_home": "/elsewhere"}, NEEDS, WORK)
+    assert "12.6 at /elsewhere" in problem["expected"]
+    (problem,) = plan.find_problems(ROW, state, {**SETTINGS, "cuda_env_version": "12.8"}, NEEDS, WORK)
+    assert "cuda-toolkit-12-8" in problem["next"]
+
+
+def test_verification_takes_the_active_environment_where_the_wanted_one_is_absent() -> None:
+    paths = {"root": "/r", "env": "/r/envs/wanted", "python": "x", "site_packages": "y", "state": "z"}
+    found = {"current": "envs/other", "venvs": {"other": {"exists": True, "site_packages": "/r/envs/other/site"}}}
+    assert plan.active_paths(paths, found)["python"] == "/r/envs/other/bin/python"
+    assert plan.active_paths(paths, {"current": None, "venvs": {}}) == paths
 
 
 def test_all_problems_come_at_once() -> None:
@@ -291,22 +333,40 @@ def test_each_difference_is_named(changes: dict[str, Any], outcome: str, reason:
 def test_a_toolkit_is_work_only_where_the_run_may_install_it(toolkits: list[Any], reason: str | None) -> None:
     state = provisioned()
     state["cuda"]["toolkits"] = toolkits
-    assert work(state, {**WANTED, "toolkit": plan.toolkit_wish(ROW)}).get("cuda_env") == reason
-    assert work(state, {**WANTED, "toolkit": None}) == {}
+    wish = plan.toolkit_wish(ROW, state, {"cuda_env_install": True})
+    assert work(state, {**WANTED, "toolkit": wish}).get("cuda_env") == reason
+    assert plan.toolkit_wish(ROW, state, {"cuda_env_install": False}) is None
 
 
 def test_a_file_that_shall_go_is_work() -> None:
     assert "shall not be" in work(provisioned(), {**WANTED, "shim": {"shim.pth": None}})["sitecustomize"]
 
 
-FOREIGN = {"path": "/site/x.so", "found": "aarch64", "expected": "x86_64"}
+def foreign(path: str, *work: dict[str, str]) -> list[dict[str, str]]:
+    site = {"site_packages": "/site", "foreign": [{"path": path, "found": "aarch64", "expected": "x86_64"}]}
+    return plan.find_foreign_problems(site, work, "x86_64")
 
 
-def test_a_library_of_another_machine_is_a_problem_unless_it_is_replaced() -> None:
-    (problem,) = plan.find_foreign_problems({"foreign": [FOREIGN]}, [], "x86_64")
-    assert "/site/x.so is made for aarch64" in problem["found"]
-    damaged = [{"reason": "x is damaged: x.so differs"}]
-    assert plan.find_foreign_problems({"foreign": [FOREIGN]}, damaged, "x86_64") == []
+@pytest.mark.parametrize("name", ["x.so", "torch/lib/libc10.so", "pkg/_x.cpython-311-x86_64-linux-gnu.so"])
+def test_a_library_of_another_machine_is_a_problem_unless_it_is_replaced(name: str) -> None:
+    (problem,) = foreign(f"/site/{name}")
+    assert f"/site/{name} is made for aarch64" in problem["found"]
+    assert foreign(f"/site/{name}", {"reason": f"x is damaged: {name} differs"}) == []
+
+
+def test_libraries_that_a_package_carries_as_data_are_nobodys_fault() -> None:
+    assert foreign("/site/debugpy/_vendored/attach_linux_amd64.so") == []
+
+
+def test_a_lost_system_shim_and_a_stale_launcher_are_work() -> None:
+    shim_wish = {**WANTED, "system_shim": {"/usr/local/lib/python3.10/dist-packages/shim.pth": "b" * 64}}
+    assert "system Python" in work(provisioned(), shim_wish)["sitecustomize"]
+    launcher = {**WANTED, "launcher": {"/opt/jetson-mamba/bin/mamba-python": "c" * 64}}
+    assert work(provisioned(), launcher) == {}, "in scope venv that is the activation's"
+    state = provisioned()
+    state["user_sites"]["/usr/bin/python3.10"] = state["environments"]["venvs"]["e1"]
+    items = plan.find_work(state, PATHS, "user", launcher)
+    assert [(item["outcome"], item["reason"]) for item in items] == [("torch_jetpack", "mamba-python is absent")]
 
 
 def test_a_rebuilt_package_is_patched_again() -> None:
@@ -324,6 +384,12 @@ def test_reinstall_is_work_and_lifts_the_refusal() -> None:
     wanted["components"]["mamba_ssm"]["reinstall"] = True
     assert plan.find_patch_problems(site, wanted) == []
     assert "mamba_ssm" in work(state, wanted)
+
+
+def test_a_package_that_is_replaced_anyway_is_not_refused() -> None:
+    for change in ({"packages|mamba_ssm|version": "2.2.2"}, {"records|mamba_ssm|key": "old"}):
+        site = provisioned(**change, **{"files|mamba_ssm/x.py": "0" * 64})["environments"]["venvs"]["e1"]
+        assert plan.find_patch_problems(site, WANTED) == []
 
 
 def test_known_checksums_are_no_problem() -> None:

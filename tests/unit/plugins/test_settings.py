@@ -64,6 +64,38 @@ def test_rows_must_be_a_list() -> None:
     assert settings.check_rows({"id": "x"}, "rows")[0]["expected"] == "a list of rows"
 
 
+DEFAULTS: dict[str, Any] = {
+    "torch_jetpack_wheel": {},
+    "torch_jetpack_torchvision": {},
+    "torch_jetpack_sha256": "",
+    "jetson_platform_root": "/opt/jetson-mamba",
+    "jetson_platform_build_root": "",
+    "jetson_platform_tmp_root": "",
+    "cuda_env_home": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, None),
+        ({"jetson_platform_root": "/ssd/mamba-1.0"}, None),
+        ({"jetson_platform_root": "~/mamba"}, "'~/mamba'"),
+        ({"jetson_platform_root": "relative/x"}, "'relative/x'"),
+        ({"jetson_platform_root": "/"}, "'/'"),
+        ({"jetson_platform_tmp_root": "/with blank"}, "'/with blank'"),
+        ({"jetson_platform_build_root": "/a/../b"}, "'/a/../b'"),
+        ({"cuda_env_home": "/usr/local/cuda;x"}, "cuda_env_home"),
+        ({"torch_jetpack_sha256": "abc"}, "'abc'"),
+        ({"torch_jetpack_wheel": {"version": "2.8.0"}}, "torch_jetpack_wheel: both or none of url and path"),
+    ],
+)
+def test_values(change: dict[str, Any], found: str | None) -> None:
+    problems = settings.check_values({**DEFAULTS, **change})
+    assert [found in problem["found"] for problem in problems if found] == ([True] if found else []), problems
+    assert bool(problems) == bool(found)
+
+
 SPECS = {"mamba_ssm": {"mamba_ssm_version": {}}, "cuda_env": {"cuda_env_home": {}}}
 
 
@@ -78,5 +110,12 @@ def test_a_typo_is_named_with_a_suggestion(name: str, suggestion: str) -> None:
 
 
 def test_other_peoples_variables_are_left_alone() -> None:
-    names = ["ansible_host", "site_dns", "my_app_version", "cuda_env_home", "mamba_ssm_internal"]
+    names = [
+        "ansible_host",
+        "__jetson_platform_planned",
+        "site_dns",
+        "my_app_version",
+        "cuda_env_home",
+        "mamba_ssm_internal",
+    ]
     assert settings.find_unknown_variables(names, SPECS, ["mamba_ssm_internal"]) == []

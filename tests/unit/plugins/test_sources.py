@@ -217,6 +217,109 @@ def test_an_unknown_version_or_component_is_named(tmp_path: Path) -> None:
         sources.prepare("mamba_smm", "2.2.4", None, tmp_path)
 
 
+# ---------------------------------------------------------------- patches of the source
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def patch_root(tmp_path: Path) -> str:
+    """A folder of series with two patches of csrc/a.cu, one after the other, and one of an installed file."""
+    folder = tmp_path / "patches" / NAME / VERSION
+    folder.mkdir(parents=True)
+    rows = []
+    for number, target, before, after, kind in (
+        (1, "csrc/a.cu", "// code\n", "// more\n", "source"),
+        (2, "csrc/a.cu", "// more\n", "// most\n", "source"),
+        (3, "mamba_ssm/absent.py", "a\n", "b\n", "python"),
+    ):
+        diff = f"--- a/{target}\n+++ b/{target}\n@@ -1 +1 @@\n-{before}+{after}"
+        (folder / f"000{number}-x.patch").write_text(diff)
+        row = {"file": f"000{number}-x.patch", "target": target, "applies_to": kind, "until": None}
+        row.update(sha256_before=digest(before), sha256_after=digest(after), why="a test", upstream="none")
+        rows.append({**row, "when": {"causal_conv1d": ">=1.5.1"}})
+    series = {"schema": 1, "package": NAME, "version": VERSION, "patches": rows}
+    (folder / "series.yml").write_text(yaml.safe_dump(series))
+    return str(tmp_path / "patches")
+
+
+def patched(tree: Path, tmp_path: Path, patch_root: str, companion: str | None = "1.6.0") -> sources.SourceArchive:
+    source = {"kind": "tree", "path": str(tree)}
+    companions = {"causal_conv1d": companion}
+    return sources.prepare(
+        NAME, VERSION, source, tmp_path / "cache", None, patch_root=patch_root, companions=companions
+    )
+
+
+def test_patches_of_the_source_are_packed_with_it(tree: Path, tmp_path: Path, patch_root: str) -> None:
+    (tree / "csrc/a.cu").chmod(0o755)
+    plain = prepare({"kind": "tree", "path": str(tree)}, tmp_path)
+    found = patched(tree, tmp_path, patch_root)
+    assert found.sha256 != plain.sha256 and found.version == VERSION
+    assert found.origin == f"{plain.origin} + 0001-x.patch + 0002-x.patch"
+    with tarfile.open(found.path) as handle:
+        assert handle.getmember("csrc/a.cu").mode == 0o755 and len(handle.getnames()) == 4
+    assert sources.hashes_of(found, ["csrc/a.cu"]) == {"csrc/a.cu": digest("// most\n")}
+    # the user's own tree is only read
+    assert (tree / "csrc/a.cu").read_text() == "// code\n"
+
+
+def test_without_a_patch_for_it_a_source_stays_as_it_is(
+    tree: Path, tmp_path: Path, patch_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = prepare({"kind": "tree", "path": str(tree)}, tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert patched(tree, tmp_path, patch_root, "1.5.0") == plain
+    assert patched(tree, tmp_path, patch_root, None) == plain
+    assert patched(tree, tmp_path, str(tmp_path / "cache")) == plain
+    assert patched(tree, tmp_path, "") == plain
+
+
+@pytest.mark.parametrize("text", ["// more\n", "// most\n"])
+def test_a_tree_that_has_patches_already_gets_the_others(
+    text: str, tree: Path, tmp_path: Path, patch_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = patched(tree, tmp_path, patch_root).sha256
+    (tree / "csrc/a.cu").write_text(text)
+    if text == "// most\n":
+        monkeypatch.setenv("PATH", "/nowhere")
+    assert patched(tree, tmp_path, patch_root).sha256 == wanted
+
+
+def test_a_source_that_its_patch_does_not_know_is_refused(tree: Path, tmp_path: Path, patch_root: str) -> None:
+    (tree / "csrc/a.cu").write_text("// mine\n")
+    with pytest.raises(Problem, match=rf"csrc/a\.cu of local tree .* has sha256 {digest('// mine' + chr(10))}"):
+        patched(tree, tmp_path, patch_root)
+    (tree / "csrc/a.cu").rename(tree / "csrc/b.cu")
+    (tree / "csrc/b.cu").write_text("// code\n")
+    (tree / "csrc/a.cu").symlink_to("b.cu")
+    with pytest.raises(Problem, match="is no regular file there"):
+        patched(tree, tmp_path, patch_root)
+
+
+def test_without_a_patch_program_a_needed_patch_is_a_problem(
+    tree: Path, tmp_path: Path, patch_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Problem) as caught:
+        patched(tree, tmp_path, patch_root)
+    assert "'patch' is not on the controller" in caught.value.found and "0001-x.patch" in caught.value.found
+    assert not list((tmp_path / "cache" / "sources").iterdir())
+
+
+def test_hashes_of_a_packed_source(tree: Path, tmp_path: Path) -> None:
+    (tree / "alias").symlink_to("csrc/a.cu")
+    (tree / "broken").symlink_to("nothing")
+    archive = prepare({"kind": "tree", "path": str(tree)}, tmp_path)
+    assert sources.hashes_of(archive, ["csrc/a.cu", "alias", "broken", "csrc", "absent.py"]) == {
+        "csrc/a.cu": digest("// code\n"), "alias": digest("// code\n"), "broken": None, "csrc": None,
+        "absent.py": None,
+    }
+    assert sources.hashes_of(archive, []) == {}
+
+
 def _table() -> dict[str, Any]:
     return copy.deepcopy(yaml.safe_load(components.DATA.read_text()))
 

@@ -105,6 +105,49 @@ def test_an_own_wheel_that_does_not_fit(tmp_path: Path, settings: dict[str, Any]
     assert [found in problem["found"] for problem in problems] == [True], problems
 
 
+@pytest.mark.parametrize(("version", "kept"), [("2.8.0", False), ("2.5.1", True)])
+def test_an_own_torch_does_not_get_the_rows_torchvision(
+    tmp_path: Path, settings: dict[str, Any], version: str, kept: bool
+) -> None:
+    (tmp_path / f"torch-{version}-cp310-cp310-linux_aarch64.whl").write_bytes(b"")
+    path = str(tmp_path / f"torch-{version}-cp310-cp310-linux_aarch64.whl")
+    settings["torch_jetpack_wheel"] = {"version": version, "path": path, "sha256": None}
+    made = wishes(tmp_path, settings)
+    assert ("torchvision" in [wheel["name"] for wheel in made.wheels()]) is kept
+    assert any(line.startswith("torchvision==0.23" if not kept else "torchvision==0.20") for line in made.constraints())
+
+
+def test_versions_that_do_not_fit_together(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "torch-2.3.0-cp310-cp310-linux_aarch64.whl").write_bytes(b"")
+    path = str(tmp_path / "torch-2.3.0-cp310-cp310-linux_aarch64.whl")
+    settings["torch_jetpack_wheel"] = {"version": "2.3.0", "path": path, "sha256": None}
+    (problem,) = wishes(tmp_path, settings).problems
+    assert problem["found"] == "torch 2.3.0 beside causal_conv1d 1.6.0"
+    assert problem["expected"] == "torch>=2.4"
+
+
+def test_the_same_version_rebuilt_is_another_environment(tmp_path: Path, settings: dict[str, Any]) -> None:
+    wheel = tmp_path / "torch-2.5.0-cp310-cp310-linux_aarch64.whl"
+    wheel.write_bytes(b"one")
+    settings["torch_jetpack_wheel"] = {"version": "2.5.0", "path": str(wheel), "sha256": None}
+    first = wishes(tmp_path, settings).env_id
+    wheel.write_bytes(b"two")
+    assert wishes(tmp_path, settings).env_id != first
+
+
+def test_the_system_shim_is_wanted_where_a_setting_asks(tmp_path: Path, settings: dict[str, Any]) -> None:
+    paths = {"cuda_home": "/usr/local/cuda-12.6", "env": "/e", "root": "/r", "base_python": "/usr/bin/python3.10"}
+    surveyed = {**STATE, "cuda": {"toolkits": []}}
+    made = Wishes(GUIDE, surveyed, settings, ROOT / "files/patches", tmp_path / "cache")
+    assert made.wanted(paths)["system_shim"] == {}
+    settings["sitecustomize_system"] = True
+    made = Wishes(GUIDE, surveyed, settings, ROOT / "files/patches", tmp_path / "cache")
+    assert all(
+        path.startswith("/usr/local/lib/python3.10/dist-packages/") for path in made.wanted(paths)["system_shim"]
+    )
+    assert made.wanted(paths)["system_shim"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -118,6 +161,15 @@ def test_another_wish_is_another_environment(tmp_path: Path, settings: dict[str,
     first = wishes(tmp_path, settings).env_id
     assert wishes(tmp_path, settings).env_id == first
     assert wishes(tmp_path, {**settings, **change}).env_id != first
+
+
+def test_a_tree_that_no_patch_knows_is_refused_before_it_is_built(tmp_path: Path, settings: dict[str, Any]) -> None:
+    target = tmp_path / "mamba_ssm/mamba_ssm/ops/selective_scan_interface.py"
+    target.parent.mkdir()
+    target.write_text("# somebody's own\n")
+    (problem,) = wishes(tmp_path, settings).problems
+    assert "selective_scan_interface.py" in problem["found"]
+    assert "mamba_ssm_source" in problem["next"]
 
 
 def test_a_source_of_another_version_is_a_problem(tmp_path: Path, settings: dict[str, Any]) -> None:

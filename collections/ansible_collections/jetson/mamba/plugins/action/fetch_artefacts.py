@@ -67,7 +67,7 @@ class ActionModule(ActionBase):
             "changed": False,
             "fetched": [] if check else absent,
             "absent": absent if check else [],
-            "libraries": wheel_libs.needed(arguments["extra"], cache),
+            "libraries": wheel_libs.needed(arguments["extra"], cache, [entry.name for entry in entries]),
         }
 
     @staticmethod

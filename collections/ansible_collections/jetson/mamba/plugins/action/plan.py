@@ -10,9 +10,10 @@ import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.jetson.mamba.plugins.module_utils import plan
+from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, environment, plan, shim
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
+from ansible_collections.jetson.mamba.plugins.plugin_utils import wheel_libs
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import Wishes, read_platforms
 
 display = Display()
@@ -47,10 +48,11 @@ class ActionModule(ActionBase):
         try:
             settings, problems = self._settings(roles, task_vars)
             rows = settings["jetson_platform_rows"]
-            problems += checks.check_rows(rows, "jetson_platform_rows") if not problems else []
+            if not problems:
+                problems = checks.check_rows(rows, "jetson_platform_rows") + checks.check_values(settings)
             if problems:
                 return self._refuse(result, problems)
-            survey = self._survey(settings, roles, task_vars)
+            survey = self._survey(settings, rows, roles, task_vars)
             if survey.get("failed") or survey.get("unreachable"):
                 result.update(survey)
                 return result
@@ -91,8 +93,16 @@ class ActionModule(ActionBase):
             settings.update(checked.validated_parameters)
         return settings, problems
 
-    def _survey(self, settings: dict[str, Any], roles: Path, task_vars: dict[str, Any]) -> dict[str, Any]:
+    def _survey(
+        self, settings: dict[str, Any], rows: list[Any], roles: Path, task_vars: dict[str, Any]
+    ) -> dict[str, Any]:
         root = settings["jetson_platform_root"]
+        pythons = {row["python"] for row in [*rows, *read_platforms()] if "python" in row}
+        system_shims = [
+            path
+            for python in sorted(pythons)
+            for path in shim.wanted_files(shim.system_site_packages(f"/usr/lib/python{python}/site-packages"))
+        ]
         arguments = {
             "root": root,
             "build_root": settings["jetson_platform_build_root"] or os.path.join(root, "build"),
@@ -100,12 +110,9 @@ class ActionModule(ActionBase):
             "scope": settings["jetson_platform_scope"],
             "hash_packages": ["causal-conv1d", "mamba-ssm"],
             "site_files": self._site_files(roles),
-            "config_files": [
-                "/etc/profile.d/jetson-mamba-cuda.sh",
-                "/etc/ssh/sshd_config.d/60-jetson-mamba.conf",
-                "/etc/ld.so.conf.d/jetson-mamba-cuda.conf",
-                "/etc/jetson-mamba/cuda.env",
-            ],
+            "config_files": [*cuda_env.ALL_PATHS, *system_shims, os.path.join(root, environment.LAUNCHER)],
+            "toolkits": [settings["cuda_env_home"]] if settings["cuda_env_home"] else [],
+            "libraries": sorted(wheel_libs.PACKAGES),
         }
         answer: dict[str, Any] = self._execute_module(
             module_name="jetson.mamba.device_state", module_args=arguments, task_vars=task_vars
@@ -115,7 +122,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _site_files(roles: Path) -> list[str]:
         """Return every path below a site folder that some series patches or that the shim puts there."""
-        names = {"jetson_mamba_shim.pth", "jetson_mamba_shim.py"}
+        names = set(shim.wanted_files(""))
         for series in (roles.parent / "files" / "patches").glob("*/*/series.yml"):
             data = yaml.safe_load(series.read_text(encoding="utf-8")) or {}
             names.update(patch["target"] for patch in data.get("patches", []) if "target" in patch)
@@ -135,11 +142,16 @@ class ActionModule(ActionBase):
         wanted = wishes.wanted(paths)
         work = plan.find_work(state, paths, scope, wanted)
         site = plan.surveyed_site(state, paths, scope)
-        problems = wishes.problems + plan.find_problems(row, state, settings, self._needs(wishes, work), work)
+        needs = self._needs(wishes, work, site)
+        problems = wishes.problems + plan.find_problems(row, state, settings, needs, work)
         problems += plan.find_patch_problems(site, wanted) + plan.find_foreign_problems(site, work, row["machine"])
         outcomes = list(dict.fromkeys(item["outcome"] for item in work))
-        if scope == "venv" and state["environments"]["current"] != os.path.join("envs", wishes.env_id):
+        current = state["environments"]["current"]
+        launcher_differs = any(state["files"].get(path) != digest for path, digest in wanted["launcher"].items())
+        if scope == "venv" and (current != os.path.join("envs", wishes.env_id) or launcher_differs):
             outcomes.append("activation")
+        if purpose == "verify" and scope == "venv" and site is None:
+            paths = plan.active_paths(paths, state["environments"])
         made = {
             "schema": plan.SCHEMA,
             "platform": row,
@@ -156,8 +168,13 @@ class ActionModule(ActionBase):
                 "target": wishes.target._asdict(),
                 "extra": wishes.extra,
                 "cache": str(wishes.cache),
+                "patch_root": settings["source_patches_root"],
+                "install_libraries": settings["torch_jetpack_install_libraries"],
                 "trust_on_first_use": settings["torch_jetpack_trust_on_first_use"],
             },
+            "cuda_login": settings["cuda_env_login"]
+            and settings["cuda_env_state"] == "present"
+            and row["cuda"] != "none",
             "l4t": state["l4t"]["release"],
             "work": work,
             "outcomes": outcomes,
@@ -166,16 +183,19 @@ class ActionModule(ActionBase):
         return made, problems
 
     @staticmethod
-    def _needs(wishes: Wishes, work: list[dict[str, Any]]) -> dict[str, Any]:
+    def _needs(wishes: Wishes, work: list[dict[str, Any]], site: dict[str, Any] | None) -> dict[str, Any]:
         outcomes = {item["outcome"] for item in work}
         builds = [data for name, data in wishes.components.items() if name in outcomes]
-        packed = wishes.packed_mb()
-        environment = wishes.installed_mb() if "torch_jetpack" in outcomes else 0
+        packed = wishes.packed_mb() if "torch_jetpack" in outcomes else 0
+        # an environment that has its torch lacks little
+        mended = bool(site and "torch" in site["packages"])
+        installed = 0 if "torch_jetpack" not in outcomes else 1000 if mended else wishes.installed_mb()
         return {
             "disk_mb": {
-                "root": environment + 200,
+                "root": 200 + (0 if wishes.scope == "user" else installed),
+                "user": installed if wishes.scope == "user" else 0,
                 "build": max([data["disk_mb"] for data in builds], default=0),
-                "tmp": (packed if "torch_jetpack" in outcomes else 0) + 100,
+                "tmp": (100 if mended else packed) + 100,
             },
             "build_memory_mb": {name: data["memory_mb"] for name, data in wishes.components.items()},
             "libraries": wishes.libraries(),

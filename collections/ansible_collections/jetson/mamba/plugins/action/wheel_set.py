@@ -19,6 +19,8 @@ MODULE = "jetson.mamba.wheel_set"
 # passed on to the device's half
 _COMMON = ("python", "site_packages", "scope", "verify_hashes", "tmp")
 _STALE_MINUTES = 720
+# of the folders on the device; the folder that they are in may be shared, so nobody else's may begin like it
+_FOLDER = "jetson-mamba-wheels."
 
 
 class ActionModule(ActionBase):
@@ -123,16 +125,17 @@ class ActionModule(ActionBase):
         return chosen
 
     def _make_folder(self, parent: str) -> str:
-        """Make a folder of our own on the device; what killed runs left half a day ago is removed."""
+        """Make a folder of our own on the device; what killed runs of this user left half a day ago is removed."""
         quoted = shlex.quote(parent)
         command = (
             f"umask 77 && mkdir -p {quoted} && "
-            f"find {quoted} -maxdepth 1 -name 'wheels.*' -mmin +{_STALE_MINUTES} -exec rm -rf {{}} + ; "
-            f"mktemp -d {quoted}/wheels.XXXXXXXX"
+            f"find {quoted} -mindepth 1 -maxdepth 1 -type d -user \"$(id -u)\" -name '{_FOLDER}????????' "
+            f"-mmin +{_STALE_MINUTES} -exec rm -rf {{}} + ; "
+            f"mktemp -d {quoted}/{_FOLDER}XXXXXXXX"
         )
         done = self._low_level_execute_command(command, sudoable=False)
         lines = done["stdout"].strip().splitlines()
-        if done["rc"] != 0 or not lines or "/wheels." not in lines[-1]:
+        if done["rc"] != 0 or not lines or f"/{_FOLDER}" not in lines[-1]:
             raise Problem(
                 f"no folder could be made in {parent} on the device: {(done['stderr'] or done['stdout']).strip()}",
                 "a folder for files in transfer that the connecting user may write",

@@ -88,7 +88,8 @@ class CallbackModule(CallbackBase):
         host = self._host(result)
         if host not in self._failed:
             self._failed[host] = self._task(result)
-            if host in self._reports and not had_report:
+            # whatever follows a failed verification fails because of it, and its report says why
+            if host in self._reports and not had_report and self._reports[host].get("overall") != "failed":
                 self._failed_after.add(host)
 
     @_guarded

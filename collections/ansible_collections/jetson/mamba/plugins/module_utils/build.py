@@ -32,6 +32,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Se
 from ansible_collections.jetson.mamba.plugins.module_utils import (
     build_runner,
     elf,
+    environment,
     files,
     nvcc_wrapper,
     records,
@@ -63,6 +64,8 @@ _KILLED = re.compile(
     r"failed with exit (?:code|status) (?:137|-9)|std::bad_alloc|out of memory allocating",
     re.M,
 )
+# Linux has this scheme for every Python, whatever a distribution makes of the others
+_USER_SCRIPTS = "import json, sysconfig; print(json.dumps(sysconfig.get_path('scripts', 'posix_user')))"
 _CUBIN_SM = re.compile(r"\.sm_(\d+[af]?)\.cubin")
 
 
@@ -106,6 +109,8 @@ class Request(NamedTuple):
         job_memory_mb: memory of one compiler process.
         disk_mb: free space that the build needs.
         max_jobs: compilers at a time; 0 means as many as the free memory holds.
+        flags: NAME=VALUE settings of the build.
+        user: the environment is the user's site of a Python that others use too.
     """
 
     component: str
@@ -122,6 +127,7 @@ class Request(NamedTuple):
     disk_mb: int
     max_jobs: int = 0
     flags: Tuple[str, ...] = ()
+    user: bool = False
 
     @property
     def folder(self) -> str:
@@ -187,13 +193,40 @@ def parse_flags(flags: Sequence[str]) -> Dict[str, str]:
     return variables
 
 
+def scripts_folder(request: Request) -> str:
+    """Return the folder that pip puts the environment's programs into, such as ninja.
+
+    Raises:
+        Problem: the interpreter does not say where its user's programs are.
+    """
+    if not request.user:
+        return os.path.dirname(request.python)
+    folder = environment.ask(request.python, _USER_SCRIPTS)
+    if not isinstance(folder, str) or not os.path.isabs(folder):
+        raise Problem(
+            f"{request.python} does not say where the programs of its user site are",
+            "the folder that pip install --user puts programs into (jetson_platform_scope is user)",
+            f"look at what this prints: {request.python} -m sysconfig",
+        )
+    return folder
+
+
 def build_environment(request: Request, jobs: int) -> Dict[str, str]:
-    """Return the whole environment of a build; nothing is inherited but who and where the user is."""
-    env_bin = os.path.dirname(request.python)
-    path = [env_bin, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+    """Return the whole environment of a build; nothing is inherited but who and where the user is.
+
+    Raises:
+        Problem: a flag is wrong, or the interpreter does not say where its user's programs are.
+    """
+    path = [scripts_folder(request), "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+    inherited = ["HOME", "USER", "LOGNAME"]
+    if request.user:
+        # between the user's programs and the system's, so that python3 is the one that is built for
+        path.insert(1, os.path.dirname(request.python))
+        # else the build would look for torch in another site than pip has put it into
+        inherited.append("PYTHONUSERBASE")
     flags = parse_flags(request.flags)
-    environment = {name: os.environ[name] for name in ("HOME", "USER", "LOGNAME") if name in os.environ}
-    environment.update(
+    variables = {name: os.environ[name] for name in inherited if name in os.environ}
+    variables.update(
         {
             "LC_ALL": "C.UTF-8",
             "LANG": "C.UTF-8",
@@ -209,7 +242,7 @@ def build_environment(request: Request, jobs: int) -> Dict[str, str]:
     )
     if request.sm != "cpu":
         path.insert(1, os.path.join(request.cuda_home, "bin"))
-        environment.update(
+        variables.update(
             {
                 "CUDA_HOME": request.cuda_home,
                 "PYTORCH_NVCC": os.path.join(request.folder, "bin", "nvcc"),
@@ -217,10 +250,10 @@ def build_environment(request: Request, jobs: int) -> Dict[str, str]:
                 nvcc_wrapper.SM_VARIABLE: request.sm,
             }
         )
-    environment["PATH"] = os.pathsep.join(path)
-    environment.update(flags)
-    environment["LDFLAGS"] = " ".join(part for part in (RPATH, flags.get("LDFLAGS", "")) if part)
-    return environment
+    variables["PATH"] = os.pathsep.join(path)
+    variables.update(flags)
+    variables["LDFLAGS"] = " ".join(part for part in (RPATH, flags.get("LDFLAGS", "")) if part)
+    return variables
 
 
 def build_command(request: Request) -> List[str]:
@@ -592,7 +625,7 @@ def check_device(request: Request) -> None:
     if not shutil.which("ninja", path=path):
         # without ninja torch calls nvcc itself, by a name of its own, and would compile for every GPU in the list
         raise Problem(
-            f"there is no ninja in {os.path.dirname(request.python)}",
+            f"there is no ninja in {path.split(os.pathsep)[0]}",
             "ninja in the environment",
             "install the environment's build tools again (role torch_jetpack)",
         )

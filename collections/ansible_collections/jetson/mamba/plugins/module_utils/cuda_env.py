@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from typing import Callable, Iterator, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import FileSpec, differs, ensure_files, read_text
@@ -23,6 +23,7 @@ ALL_PATHS = (PROFILE, LINKER, SERVICE, SSHD_DROP_IN)
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SSH_UNITS = ("ssh.service", "sshd.service")
+_NO_SSH = "or leave commands over ssh alone: cuda_env_ssh: false"
 
 _HEADER = "# Placed by Jetson Mamba (role cuda_env), which overwrites changes made here.\n"
 _SAFE_PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
@@ -237,31 +238,80 @@ def require_toolkit(wish: Wish, prefix: str = "") -> None:
 # --- sshd -------------------------------------------------------------------------------------------------------------
 
 
-class SshdConfig(NamedTuple):
-    """What matters of sshd's configuration: whether our drop-in is read, and who else sets variables (file:line)."""
+def survey_sshd(prefix: str = "") -> Dict[str, Any]:
+    """Return what matters of sshd's configuration, read as sshd does: in order, Match blocks ending with their file.
 
-    includes_drop_in: bool
-    set_env: list[str]
+    Needs no root where the files can be read by everybody; what cannot be read is left out and said.
 
+    Args:
+        prefix: where the device's file system is found, empty for /.
 
-def read_sshd_config(prefix: str = "") -> SshdConfig:
-    """Read sshd_config and what it includes, as sshd does: in order, and with Match blocks ending with their file."""
-    includes: list[str] = []
-    set_env: list[str] = []
-    for path, number, keyword, rest, in_match in _sshd_lines(SSHD_CONFIG, prefix, ()):
+    Returns:
+        Plain data: exists (whether there is an sshd_config), readable (whether all of it could be read), include
+        (whether our drop-in is read), set_env (who else sets variables, as file:line).
+    """
+    includes: List[str] = []
+    set_env: List[str] = []
+    unreadable: List[str] = []
+    for path, number, keyword, rest, in_match in _sshd_lines(SSHD_CONFIG, prefix, (), unreadable):
         if keyword == "include" and not in_match:
             includes += [_absolute(item) for item in rest.split()]
         elif keyword == "setenv" and path != SSHD_DROP_IN:
             set_env.append(f"{path}:{number}")
-    return SshdConfig(any(_matches(pattern, SSHD_DROP_IN) for pattern in includes), set_env)
+    return {
+        "exists": os.path.lexists(prefix + SSHD_CONFIG) or bool(unreadable),
+        "readable": not unreadable,
+        "include": any(_matches(pattern, SSHD_DROP_IN) for pattern in includes),
+        "set_env": set_env,
+    }
 
 
-def _sshd_lines(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, int, str, str, bool]]:
-    """Yield (file, line number, keyword in lower case, the rest, whether in a Match block) through all includes."""
-    if path in above or not os.path.isfile(prefix + path):
+def sshd_problem(config: Mapping[str, Any]) -> Dict[str, str] | None:
+    """Return why a SetEnv line of ours would not be read, or would silence somebody else's; None where it would not.
+
+    Args:
+        config: what survey_sshd returns. Where a part could not be read, only what is certain all the same is a
+            problem; where it is empty, nothing is known and nothing is said.
+
+    Returns:
+        found, expected and next, or None.
+    """
+    folder = os.path.dirname(SSHD_DROP_IN)
+    if config and not config.get("exists", True):
+        return Problem(
+            f"there is no {SSHD_CONFIG}", "an OpenSSH server on the device", f"install openssh-server, {_NO_SSH}"
+        ).as_dict()
+    if config.get("set_env"):
+        return Problem(
+            "sshd is told to set variables already: SetEnv in " + ", ".join(config["set_env"]),
+            "no other SetEnv: of all SetEnv lines sshd heeds the first only",
+            f"move that line's variables to /etc/environment, {_NO_SSH}",
+        ).as_dict()
+    if config.get("readable") and not config.get("include"):
+        return Problem(
+            f"{SSHD_CONFIG} does not include {folder}",
+            f"the line 'Include {folder}/*.conf' before any Match block",
+            f"add it at the top of {SSHD_CONFIG}, {_NO_SSH}",
+        ).as_dict()
+    return None
+
+
+def _sshd_lines(
+    path: str, prefix: str, above: tuple[str, ...], unreadable: list[str]
+) -> Iterator[tuple[str, int, str, str, bool]]:
+    """Yield (file, line number, keyword in lower case, the rest, whether in a Match block) through all includes.
+
+    What cannot be read is added to unreadable instead.
+    """
+    if path in above:
+        return
+    try:
+        text = read_text(prefix + path) or ""
+    except Problem:
+        unreadable.append(path)
         return
     in_match = False
-    for number, line in enumerate((read_text(prefix + path) or "").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         match = re.match(r"\s*([A-Za-z]+)(?:\s*=\s*|\s+)(.*)", line)
         if match is None:
             continue
@@ -272,7 +322,7 @@ def _sshd_lines(path: str, prefix: str, above: tuple[str, ...]) -> Iterator[tupl
         if keyword == "include":
             for pattern in rest.split():
                 for found in sorted(glob.glob(prefix + _absolute(pattern))):
-                    for inner in _sshd_lines(found[len(prefix) :], prefix, (*above, path)):
+                    for inner in _sshd_lines(found[len(prefix) :], prefix, (*above, path), unreadable):
                         yield (*inner[:4], inner[4] or in_match)
 
 
@@ -288,21 +338,15 @@ def _matches(pattern: str, path: str) -> bool:
 
 def require_sshd(prefix: str = "") -> None:
     """Raise a Problem where a SetEnv line of ours would not be read, or would silence somebody else's."""
-    off = "or leave commands over ssh alone: cuda_env_ssh: false"
-    if read_text(prefix + SSHD_CONFIG) is None:
-        raise Problem(f"there is no {SSHD_CONFIG}", "an OpenSSH server on the device", f"install openssh-server, {off}")
-    config = read_sshd_config(prefix)
-    if config.set_env:
+    config = survey_sshd(prefix)
+    problem = sshd_problem(config)
+    if problem is not None:
+        raise Problem(problem["found"], problem["expected"], problem["next"])
+    if not config["readable"]:
         raise Problem(
-            "sshd is told to set variables already: SetEnv in " + ", ".join(config.set_env),
-            "no other SetEnv: of all SetEnv lines sshd heeds the first only",
-            f"move that line's variables to /etc/environment, {off}",
-        )
-    if not config.includes_drop_in:
-        raise Problem(
-            f"{SSHD_CONFIG} does not include {os.path.dirname(SSHD_DROP_IN)}",
-            f"the line 'Include {os.path.dirname(SSHD_DROP_IN)}/*.conf' before any Match block",
-            f"add it at the top of {SSHD_CONFIG}, {off}",
+            f"{SSHD_CONFIG}, or a file that it includes, cannot be read",
+            "regular files that root may read",
+            f"look at them with 'ls -l /etc/ssh' and run the task with become, {_NO_SSH}",
         )
 
 
@@ -335,7 +379,7 @@ def _require_success(run: Runner, command: list[str], what: str) -> None:
         raise Problem(
             f"{what}: '{' '.join(command)}' ended with {status}: {' / '.join(said) or 'no message'}",
             "exit status 0",
-            "correct what it names ('sudo sshd -t' shows it), or leave commands over ssh alone: cuda_env_ssh: false",
+            f"correct what it names ('sudo sshd -t' shows it), {_NO_SSH}",
         )
 
 

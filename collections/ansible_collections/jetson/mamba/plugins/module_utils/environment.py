@@ -86,7 +86,7 @@ class Wish(NamedTuple):
         constraints: lines that pip shall obey in every later installation; None leaves those that are there.
         system_packages: import or distribution names of the system's Python that shall be visible in the venv; None
             leaves them as they are.
-        activate: whether the launcher shall start this environment.
+        activate: whether the launcher shall start this environment; in scope user it always does.
     """
 
     scope: str
@@ -523,8 +523,9 @@ def _activate(wish: Wish, outcome: Outcome, check: bool) -> str | None:
     current = os.path.join(wish.root, CURRENT)
     previous = os.readlink(current) if os.path.islink(current) else None
     launcher = os.path.join(wish.root, LAUNCHER)
-    # an environment that is only prepared must not change what users and services start
-    if wish.activate or not os.path.exists(launcher):
+    # A venv that is only prepared must not change what users and services start. The user site is not prepared beside
+    # another: what is installed there is in use, and a launcher that a venv left would start that venv.
+    if wish.activate or wish.scope == "user" or not os.path.exists(launcher):
         text = launcher_text(wish.root, wish.base_python if wish.scope == "user" else "")
         outcome.files({launcher: FileSpec(text, 0o755)}, check)
     if wish.activate and wish.scope == "venv":

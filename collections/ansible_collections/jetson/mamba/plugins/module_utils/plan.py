@@ -28,6 +28,8 @@ OUTCOMES = (
     "sitecustomize",
     "source_patches",
 )
+# import packages that this project installs and whose every library must be for this machine
+OURS = ("torch", "torchvision", "torch.libs", "torchvision.libs", "numpy", "triton", "causal_conv1d", "mamba_ssm")
 Row = Dict[str, Any]
 
 
@@ -152,7 +154,7 @@ def make_paths(row: Row, state: Dict[str, Any], settings: Dict[str, Any], env_na
         "build": settings["jetson_platform_build_root"] or os.path.join(root, "build"),
         "tmp": settings["jetson_platform_tmp_root"] or os.path.join(root, "tmp"),
         "base_python": python.get("path"),
-        "cuda_home": settings.get("cuda_env_home") or find_cuda_home(row, state),
+        "cuda_home": settings.get("cuda_env_home") or find_cuda_home(wanted_cuda(row, settings), state),
     }
     if settings["jetson_platform_scope"] == "user":
         paths.update(
@@ -172,12 +174,12 @@ def make_paths(row: Row, state: Dict[str, Any], settings: Dict[str, Any], env_na
     return paths
 
 
-def find_cuda_home(row: Row, state: Dict[str, Any]) -> str:
-    """Return the folder of the toolkit that the row wants: a surveyed one, else where apt would put it."""
+def find_cuda_home(version: str, state: Dict[str, Any]) -> str:
+    """Return the folder of the toolkit of a version (major.minor): a surveyed one, else where apt would put it."""
     for toolkit in state["cuda"]["toolkits"]:
-        if short_cuda(toolkit["version"]) == str(row["cuda"]):
+        if short_cuda(toolkit["version"]) == version:
             return str(toolkit["path"])
-    return "/usr/local/cuda-{}".format(row["cuda"])
+    return f"/usr/local/cuda-{version}"
 
 
 def short_cuda(version: Optional[str]) -> Optional[str]:
@@ -268,31 +270,47 @@ def _compiler_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]
     return problems
 
 
+def find_toolkit(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """Return the surveyed toolkit of the wanted version, at cuda_env_home where that is set, or None."""
+    wanted, home = wanted_cuda(row, settings), settings.get("cuda_env_home")
+    for toolkit in state["cuda"]["toolkits"]:
+        if short_cuda(toolkit["version"]) == wanted and home in ("", None, toolkit["path"]):
+            return dict(toolkit)
+    return None
+
+
+def wanted_cuda(row: Row, settings: Dict[str, Any]) -> str:
+    """Return major.minor of the CUDA toolkit that is wanted: the user's setting, else the row's."""
+    return short_cuda(settings.get("cuda_env_version")) or str(row["cuda"])
+
+
 def _cuda_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
-    wanted = str(row["cuda"])
-    if wanted == "none" or settings.get("cuda_env_install"):
+    wanted = wanted_cuda(row, settings)
+    if wanted == "none" or settings.get("cuda_env_install") or settings.get("cuda_env_state") == "absent":
         return []
-    package = "cuda-toolkit-{}".format(wanted.replace(".", "-"))
-    found = {short_cuda(toolkit["version"]): toolkit for toolkit in state["cuda"]["toolkits"]}
-    if wanted not in found:
+    found = find_toolkit(row, state, settings)
+    dashed = wanted.replace(".", "-")
+    if found is None:
         described = ", ".join("{} ({})".format(t["version"], t["path"]) for t in state["cuda"]["toolkits"])
+        home = settings.get("cuda_env_home")
         return [
             problem(
                 "cuda_env",
-                "CUDA toolkit: %s" % (described or "none under /usr/local"),
-                "CUDA {}, as platform {} has".format(wanted, row["id"]),
-                f"install it: sudo apt-get install {package}, or let the run do it: -e cuda_env_install=true",
+                "CUDA toolkit: {}".format(
+                    described or "none under /usr/local{}".format(" or at " + home if home else "")
+                ),
+                "CUDA {}{}, as platform {} has".format(wanted, f" at {home}" if home else "", row["id"]),
+                f"install it: sudo apt-get install cuda-toolkit-{dashed}, or let the run do it: "
+                "-e cuda_env_install=true; if it is elsewhere, name its folder: cuda_env_home",
             )
         ]
-    if str(row["sm"]) != "cpu" and not found[wanted]["nvcc"]:
+    if str(row["sm"]) != "cpu" and not found["nvcc"]:
         return [
             problem(
                 "cuda_env",
-                "no bin/nvcc in {}".format(found[wanted]["path"]),
+                "no bin/nvcc in {}".format(found["path"]),
                 "the CUDA compiler",
-                "install it: sudo apt-get install cuda-nvcc-{}, or let the run do it: -e cuda_env_install=true".format(
-                    wanted.replace(".", "-")
-                ),
+                f"install it: sudo apt-get install cuda-nvcc-{dashed}, or let the run do it: -e cuda_env_install=true",
             )
         ]
     return []
@@ -317,8 +335,16 @@ def _library_problems(state: Dict[str, Any], settings: Dict[str, Any], needs: Di
 
 
 def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool) -> List[Dict[str, str]]:
+    """Return a problem per file system that is read-only or too small, and per folder of somebody else's.
+
+    Folders on one file system share its room, so what they need is added up.
+    """
     problems = []
+    shared: Dict[Any, List[str]] = {}
     for name, disk in state["disk"].items():
+        if name == "user" and not needs["disk_mb"].get("user"):
+            continue
+        setting = "jetson_platform_{}root".format("" if name in ("root", "user") else name + "_")
         if disk["read_only"]:
             problems.append(
                 problem(
@@ -326,17 +352,34 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
                     "{} is on a read-only file system".format(disk["existing"]),
                     "a file system that can be written to",
                     "remount it read-write (look into dmesg first: it may have been remounted after errors), "
-                    "or set jetson_platform_%sroot" % ("" if name == "root" else name + "_"),
+                    f"or set {setting}",
                 )
             )
-        elif has_work and disk["free_mb"] < needs["disk_mb"].get(name, 0):
+            continue
+        if has_work and disk["exists"] and not disk["writable"]:
+            problems.append(
+                problem(
+                    "torch_jetpack",
+                    "{} belongs to another user".format(disk["path"]),
+                    "a folder that {} may write to".format(state["user"]["name"]),
+                    "name a folder below it, which the run makes ({}: {}/jetson-mamba), or give it away: "
+                    "sudo chown {} {}".format(setting, disk["path"], state["user"]["name"], disk["path"]),
+                )
+            )
+        shared.setdefault(disk["device"], []).append(name)
+    for names in shared.values():
+        wanted = sum(needs["disk_mb"].get(name, 0) for name in names)
+        disk = state["disk"][names[0]]
+        if has_work and disk["free_mb"] < wanted:
             problems.append(
                 problem(
                     "torch_jetpack",
                     "{} MB free at {}".format(disk["free_mb"], disk["existing"]),
-                    "{} MB for what this run puts there".format(needs["disk_mb"][name]),
-                    "free space there, or name a larger disk (NVMe): jetson_platform_%sroot"
-                    % ("" if name == "root" else name + "_"),
+                    "{} MB for what this run puts there ({})".format(
+                        wanted, ", ".join("{} {}".format(name, needs["disk_mb"].get(name, 0)) for name in names)
+                    ),
+                    "free space there, or name a larger disk (NVMe): jetson_platform_root, jetson_platform_build_root, "
+                    "jetson_platform_tmp_root",
                 )
             )
     return problems
@@ -382,6 +425,22 @@ def surveyed_site(state: Dict[str, Any], paths: Dict[str, Any], scope: str) -> O
     return state["environments"]["venvs"].get(os.path.basename(paths["env"]))
 
 
+def active_paths(paths: Dict[str, Any], environments: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the paths of the active environment instead, for a device that holds another one than is wanted here."""
+    name = os.path.basename(environments["current"] or "")
+    site = environments["venvs"].get(name)
+    if not site or not site["exists"]:
+        return paths
+    env = os.path.join(paths["root"], "envs", name)
+    return dict(
+        paths,
+        env=env,
+        python=os.path.join(env, "bin", "python"),
+        site_packages=site["site_packages"],
+        state=os.path.join(paths["root"], "state", name),
+    )
+
+
 def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Return the outcomes that have work, in the order of the run, each with its reason.
 
@@ -390,8 +449,10 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         paths: this host's folders.
         scope: venv or user.
         wanted: {files: {path: sha256}, wheels: [{name, version}], config: {name: text},
-            toolkit: {version, nvcc} or None, components: {name: {version, key, minutes, disk_mb, reinstall}},
-            shim: {path: sha256 or None}, patches: {package: {path: {final, pristine}}}, minutes, disk_mb}.
+            toolkit: why one must be installed, or None,
+            components: {name: {version, key, minutes, disk_mb, reinstall}},
+            shim and system_shim: {path: sha256 or None}, launcher: {path: sha256},
+            patches: {package: {path: {final, pristine, known}}}, minutes, disk_mb}.
     """
     site = surveyed_site(state, paths, scope)
     work: List[Dict[str, Any]] = []
@@ -400,9 +461,8 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         if reason:
             work.append({"outcome": outcome, "what": what, "reason": reason, "minutes": minutes, "disk_mb": disk_mb})
 
-    toolkit = _toolkit_reason(state, wanted.get("toolkit"))
-    add("cuda_env", toolkit, "install", 10, TOOLKIT_MB)
-    if not toolkit:
+    add("cuda_env", wanted.get("toolkit"), "install", 10, TOOLKIT_MB)
+    if not wanted.get("toolkit"):
         add("cuda_env", _file_reason(state["files"], wanted["files"]), "configure")
     add(
         "torch_jetpack",
@@ -416,7 +476,9 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         add(name, reason, "build", component["minutes"], component["disk_mb"])
     rebuilt = {item["outcome"] for item in work}
     shim_files = site["files"] if site else {}
-    add("sitecustomize", _file_reason(shim_files, wanted["shim"]), "configure")
+    shim_reason = _file_reason(shim_files, wanted["shim"])
+    system_reason = _file_reason(state["files"], wanted.get("system_shim", {}))
+    add("sitecustomize", shim_reason or (f"system Python: {system_reason}" if system_reason else None), "configure")
     for package, targets in wanted["patches"].items():
         reason = _patch_reason(site, targets)
         if reason is None and package in rebuilt and targets:
@@ -425,19 +487,16 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
     return work
 
 
-def toolkit_wish(row: Row) -> Dict[str, Any]:
-    """Return {version, nvcc} of the CUDA toolkit that a row asks for."""
-    return {"version": str(row["cuda"]), "nvcc": str(row["sm"]) != "cpu"}
-
-
-def _toolkit_reason(state: Dict[str, Any], wish: Optional[Dict[str, Any]]) -> Optional[str]:
-    if not wish or wish["version"] == "none":
+def toolkit_wish(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> Optional[str]:
+    """Return why the run has to install a CUDA toolkit, where the user lets it; else None."""
+    wanted = wanted_cuda(row, settings)
+    if not settings.get("cuda_env_install") or settings.get("cuda_env_state") == "absent" or wanted == "none":
         return None
-    found = {short_cuda(toolkit["version"]): toolkit for toolkit in state["cuda"]["toolkits"]}
-    if wish["version"] not in found:
-        return "CUDA {} is not installed".format(wish["version"])
-    if wish["nvcc"] and not found[wish["version"]]["nvcc"]:
-        return "{} has no nvcc".format(found[wish["version"]]["path"])
+    found = find_toolkit(row, state, settings)
+    if found is None:
+        return f"CUDA {wanted} is not installed"
+    if str(row["sm"]) != "cpu" and not found["nvcc"]:
+        return "{} has no nvcc".format(found["path"])
     return None
 
 
@@ -470,6 +529,10 @@ def _environment_reason(
             return "{} {} found, {} wanted".format(wheel["name"], installed["version"], wheel["version"])
         if installed["damage"]:
             return "{} is damaged: {}".format(wheel["name"], installed["damage"])
+    # in scope venv the launcher changes with the activation
+    launcher = _file_reason(state["files"], wanted.get("launcher", {})) if scope == "user" else None
+    if launcher:
+        return launcher
     for name, text in wanted["config"].items():
         if site["config"].get(name) != text:
             return "{} is {}".format(name, "different" if site["config"].get(name) else "absent")
@@ -496,6 +559,8 @@ def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict
 
 def _patch_reason(site: Optional[Dict[str, Any]], targets: Dict[str, Dict[str, Any]]) -> Optional[str]:
     pending = [name for name, hashes in targets.items() if not site or site["files"].get(name) != hashes["final"]]
+    if not site or not any(site["files"].get(name) for name in targets):
+        pending = [name for name in pending if targets[name]["final"] != targets[name]["pristine"]]
     if not pending:
         return None
     back = all(targets[name]["final"] == targets[name]["pristine"] for name in pending)
@@ -503,18 +568,27 @@ def _patch_reason(site: Optional[Dict[str, Any]], targets: Dict[str, Dict[str, A
 
 
 def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) -> List[Dict[str, str]]:
-    """Return a problem per installed patch target whose checksum is neither pristine nor patched."""
+    """Return a problem per installed patch target whose checksum is neither pristine nor patched.
+
+    A package that is replaced anyway, by another version or another build, is none.
+    """
     problems = []
     for package, targets in wanted["patches"].items():
         component = wanted["components"].get(package, {})
+        installed = ((site or {}).get("packages") or {}).get(package)
+        record = ((site or {}).get("records") or {}).get(package) or {}
+        if not site or not installed or component.get("reinstall"):
+            continue
+        if not same_version(installed["version"] or "", component["version"]) or record.get("key") != component["key"]:
+            continue
         for name, hashes in sorted(targets.items()):
-            found = ((site or {}).get("files") or {}).get(name)
-            if found is None or found in hashes["known"] or component.get("reinstall"):
+            found = site["files"].get(name)
+            if found is None or found in hashes["known"]:
                 continue
             problems.append(
                 problem(
                     "source_patches",
-                    "{}/{} has sha256 {}".format((site or {})["site_packages"], name, found),
+                    "{}/{} has sha256 {}".format(site["site_packages"], name, found),
                     "{} (as upstream ships it) or {} (patched): somebody changed this file".format(
                         hashes["pristine"], hashes["final"]
                     ),
@@ -525,6 +599,16 @@ def find_patch_problems(site: Optional[Dict[str, Any]], wanted: Dict[str, Any]) 
     return problems
 
 
+def is_imported(path: str, site_packages: str) -> bool:
+    """Return whether a shared library below a site folder is one that Python would import from there, or is ours.
+
+    Packages such as debugpy carry libraries for many machines as data; those are nobody's fault.
+    """
+    relative = os.path.relpath(path, site_packages)
+    name = os.path.basename(path)
+    return os.sep not in relative or ".cpython-" in name or ".abi3." in name or relative.split(os.sep)[0] in OURS
+
+
 def find_foreign_problems(
     site: Optional[Dict[str, Any]], work: Sequence[Dict[str, Any]], machine: str
 ) -> List[Dict[str, str]]:
@@ -532,7 +616,7 @@ def find_foreign_problems(
     damaged = " ".join(item["reason"] for item in work)
     problems = []
     for item in (site or {}).get("foreign", []):
-        if os.path.basename(item["path"]) in damaged:
+        if os.path.basename(item["path"]) in damaged or not is_imported(item["path"], (site or {})["site_packages"]):
             continue
         problems.append(
             problem(

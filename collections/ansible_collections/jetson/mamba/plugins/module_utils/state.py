@@ -23,8 +23,6 @@ SCHEMA = 1
 DEVICE_TREE = "sys/firmware/devicetree/base"
 RELEASE_LINE = re.compile(r"^# R(\d+) \(release\), REVISION: ([\d.]+)")
 SOC = re.compile(r"^nvidia,(tegra\d+)$")
-# libraries that some torch build asks of the system; the survey says which of them the linker can find
-SYSTEM_LIBRARIES = ("libcusparseLt.so", "libopenblas.so", "libcudart.so", "libcuda.so", "libcublas.so", "libcudnn.so")
 DEBS = ("nvidia-l4t-core", "unattended-upgrades")
 # asked of every interpreter found, in one start each
 INTERPRETER_FACTS = """
@@ -102,11 +100,13 @@ def read_debs(top: str, names: Sequence[str]) -> Dict[str, Dict[str, str]]:
     return found
 
 
-def read_cuda(top: str) -> Dict[str, Any]:
-    """Return {link, toolkits: [{path, version, nvcc}]} of the toolkits under /usr/local."""
+def read_cuda(top: str, further: Sequence[str] = ()) -> Dict[str, Any]:
+    """Return {link, toolkits: [{path, version, nvcc}]} of the toolkits under /usr/local and at `further` places."""
     toolkits = []
-    for path in sorted(glob.glob(os.path.join(top, "usr/local/cuda-*"))):
-        if not os.path.isdir(path) or os.path.islink(path):
+    usual = sorted(glob.glob(os.path.join(top, "usr/local/cuda-*")))
+    named = [os.path.join(top, path.lstrip("/")) for path in further]
+    for path in [*usual, *(path for path in named if path not in usual)]:
+        if not os.path.isdir(path) or (os.path.islink(path) and path not in named):
             continue
         toolkits.append(
             {
@@ -154,7 +154,10 @@ def read_memory(top: str) -> Dict[str, int]:
 
 
 def read_disk(path: str) -> Dict[str, Any]:
-    """Return where `path` lives or would live: {path, existing, free_mb, read_only, writable, exists}."""
+    """Return where `path` lives or would live: {path, existing, exists, device, free_mb, read_only, writable}.
+
+    `device` tells file systems apart; `existing` is the path itself or the nearest parent that is there.
+    """
     existing = path
     while not os.path.exists(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
@@ -163,6 +166,7 @@ def read_disk(path: str) -> Dict[str, Any]:
         "path": path,
         "existing": existing,
         "exists": existing == path,
+        "device": os.stat(existing).st_dev,
         "free_mb": info.f_bavail * info.f_frsize // (1 << 20),
         "read_only": bool(info.f_flag & getattr(os, "ST_RDONLY", 1)),
         "writable": os.access(existing, os.W_OK),
@@ -185,11 +189,11 @@ def read_interpreters(top: str) -> List[Dict[str, Any]]:
     return sorted(found.values(), key=lambda facts: [int(part) for part in facts["version"].split(".")])
 
 
-def read_libraries() -> List[str]:
-    """Return the names, among those torch builds ask for, that the linker cache holds."""
+def read_libraries(wanted: Sequence[str]) -> List[str]:
+    """Return those of the wanted sonames that the linker cache holds."""
     printed = run(["ldconfig", "-p"]) or run(["/sbin/ldconfig", "-p"]) or ""
     names = {line.split()[0] for line in printed.splitlines()[1:] if line.strip()}
-    return sorted(name for name in names if name.startswith(SYSTEM_LIBRARIES))
+    return sorted(names.intersection(wanted))
 
 
 def read_tools() -> Dict[str, Optional[str]]:
@@ -284,6 +288,8 @@ def collect(
     hash_packages: Sequence[str] = (),
     site_files: Sequence[str] = (),
     config_files: Sequence[str] = (),
+    toolkits: Sequence[str] = (),
+    libraries: Sequence[str] = (),
     top: str = "/",
 ) -> Dict[str, Any]:
     """Return the whole state of this device as plain data (schema 1).
@@ -294,6 +300,8 @@ def collect(
         hash_packages: packages whose installed files are hashed one by one.
         site_files: paths below a site folder whose sha256 is wanted.
         config_files: absolute paths whose sha256 is wanted.
+        toolkits: CUDA toolkit folders beside those under /usr/local.
+        libraries: sonames to look for in the linker cache.
         top: the folder that stands for "/" (tests).
     """
     release = read_text(os.path.join(top, "etc/nv_tegra_release")) or ""
@@ -323,13 +331,18 @@ def collect(
         "machine": machine,
         "glibc": host_platform.libc_ver()[1] or None,
         "clock": int(time.time()),
-        "cuda": read_cuda(top),
+        "cuda": read_cuda(top, toolkits),
         "interpreters": interpreters,
         "tools": read_tools(),
-        "libraries": read_libraries(),
+        "libraries": read_libraries(libraries),
         "memory": read_memory(top),
         "cpus": os.cpu_count() or 1,
-        "disk": {"root": read_disk(root), "build": read_disk(build_root), "tmp": read_disk(tmp_root)},
+        "disk": {
+            "root": read_disk(root),
+            "build": read_disk(build_root),
+            "tmp": read_disk(tmp_root),
+            "user": read_disk(os.path.expanduser("~")),
+        },
         "environments": read_environments(root, machine, hash_packages, site_files),
         "user_sites": user_sites,
         "files": {path: files.sha256_file(path) for path in config_files},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.jetson.mamba.plugins.module_utils import build
@@ -37,6 +38,16 @@ options:
         C(filename), C(sha256)).
     type: dict
     default: {}
+  patch_root:
+    description:
+      - Folder of the patch series on the controller. Patches that its series says apply to the source are applied
+        before the source is packed, so that they are a part of the key. Empty means none.
+    type: path
+    default: ""
+  companions:
+    description: Version of every package that a condition of the series may name.
+    type: dict
+    default: {}
   cache:
     description: Folder on the controller for downloads and packed sources. Empty means C(~/.cache/jetson-mamba).
     type: str
@@ -53,6 +64,11 @@ options:
     description: Interpreter on the device of the environment that the wheel is for.
     type: path
     required: true
+  scope:
+    description: Whether O(python) is that of an environment, or one whose user site of the connecting user is meant.
+    type: str
+    choices: [venv, user]
+    default: venv
   cuda_home:
     description: The CUDA toolkit on the device. Not used where O(sm) is V(cpu).
     type: path
@@ -175,10 +191,13 @@ def argument_spec() -> dict[str, dict[str, object]]:
         "component": {"type": "str", "required": True},
         "version": {"type": "str", "required": True},
         "source": {"type": "dict", "default": {}},
+        "patch_root": {"type": "path", "default": ""},
+        "companions": {"type": "dict", "default": {}},
         "cache": {"type": "str", "default": ""},
         "logs": {"type": "str", "default": "logs"},
         "build_root": {"type": "path", "required": True},
         "python": {"type": "path", "required": True},
+        "scope": {"type": "str", "choices": ["venv", "user"], "default": "venv"},
         "cuda_home": {"type": "path", "default": "/usr/local/cuda"},
         "class_id": {"type": "str", "required": True},
         "sm": {"type": "str", "required": True},
@@ -194,6 +213,27 @@ def argument_spec() -> dict[str, dict[str, object]]:
         "disk_mb": {"type": "int", "default": 0},
         "wait_seconds": {"type": "float", "default": 0},
     }
+
+
+def make_request(arguments: dict[str, Any]) -> build.Request:
+    """Return what the module's arguments ask for."""
+    return build.Request(
+        component=arguments["component"],
+        version=arguments["version"],
+        key=arguments["key"],
+        source_sha256=arguments["source_sha256"] or "",
+        root=arguments["build_root"],
+        python=arguments["python"],
+        cuda_home=arguments["cuda_home"],
+        sm=arguments["sm"],
+        force_build=arguments["force_build"] or "JETSON_MAMBA_FORCE_BUILD",
+        modules=tuple(arguments["modules"]),
+        job_memory_mb=arguments["job_memory_mb"],
+        disk_mb=arguments["disk_mb"],
+        max_jobs=arguments["max_jobs"],
+        flags=tuple(arguments["build_flags"]),
+        user=arguments["scope"] == "user",
+    )
 
 
 def serve(request: build.Request, mode: str, arguments: dict[str, object], check: bool) -> dict[str, object]:
@@ -216,22 +256,7 @@ def main() -> None:
     arguments = module.params
     if not arguments["mode"] or not arguments["key"]:
         module.fail_json(msg="this module is a part of the action of the same name; run it as a task of a playbook")
-    request = build.Request(
-        component=arguments["component"],
-        version=arguments["version"],
-        key=arguments["key"],
-        source_sha256=arguments["source_sha256"] or "",
-        root=arguments["build_root"],
-        python=arguments["python"],
-        cuda_home=arguments["cuda_home"],
-        sm=arguments["sm"],
-        force_build=arguments["force_build"] or "JETSON_MAMBA_FORCE_BUILD",
-        modules=tuple(arguments["modules"]),
-        job_memory_mb=arguments["job_memory_mb"],
-        disk_mb=arguments["disk_mb"],
-        max_jobs=arguments["max_jobs"],
-        flags=tuple(arguments["build_flags"]),
-    )
+    request = make_request(arguments)
     try:
         module.exit_json(**serve(request, arguments["mode"], arguments, module.check_mode))
     except Problem as problem:

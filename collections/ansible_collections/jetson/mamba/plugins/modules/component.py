@@ -30,6 +30,16 @@ options:
     description: Where the source comes from, as in M(jetson.mamba.build_wheel). Empty means the row of components.yml.
     type: dict
     default: {}
+  patch_root:
+    description:
+      - Folder of the patch series on the controller. Patches that its series says apply to the source are applied
+        before the source is packed, so that they are a part of the key. Empty means none.
+    type: path
+    default: ""
+  companions:
+    description: Version of every package that a condition of the series may name.
+    type: dict
+    default: {}
   paths:
     description: C(jetson_platform_plan.paths); used are C(python), C(site_packages), C(state), C(build), C(cuda_home).
     type: dict
@@ -141,6 +151,8 @@ def argument_spec() -> dict[str, dict[str, object]]:
         "component": {"type": "str", "required": True},
         "version": {"type": "str", "required": True},
         "source": {"type": "dict", "default": {}},
+        "patch_root": {"type": "path", "default": ""},
+        "companions": {"type": "dict", "default": {}},
         "paths": {"type": "dict", "required": True},
         "scope": {"type": "str", "choices": ["venv", "user"], "default": "venv"},
         "class_id": {"type": "str", "required": True},

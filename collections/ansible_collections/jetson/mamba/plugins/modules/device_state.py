@@ -51,6 +51,16 @@ options:
     type: list
     elements: path
     default: []
+  toolkits:
+    description: Folders of CUDA toolkits to look at beside those under /usr/local.
+    type: list
+    elements: path
+    default: []
+  libraries:
+    description: Names of shared libraries; those that the linker finds are returned.
+    type: list
+    elements: str
+    default: []
 """
 
 EXAMPLES = r"""
@@ -79,6 +89,8 @@ def main() -> None:
             "hash_packages": {"type": "list", "elements": "str", "default": []},
             "site_files": {"type": "list", "elements": "str", "default": []},
             "config_files": {"type": "list", "elements": "path", "default": []},
+            "toolkits": {"type": "list", "elements": "path", "default": []},
+            "libraries": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )

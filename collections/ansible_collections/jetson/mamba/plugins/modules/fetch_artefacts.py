@@ -70,7 +70,9 @@ absent:
   type: list
   elements: str
 libraries:
-  description: Libraries that the extra wheels ask of the system and that JetPack may lack, soname to Debian package.
+  description: >-
+    Libraries that the extra wheels ask of the system, that no wheel of the lock brings, and that JetPack may lack;
+    soname to Debian package.
   returned: success
   type: dict
 """

@@ -11,9 +11,10 @@ from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 DOCUMENTATION = r"""
 ---
 module: shared_libraries
-short_description: Require that the device's linker finds libraries
+short_description: Ask or require that the device's linker finds libraries
 description:
-  - Fails, naming the packages, where the linker cache does not hold a library. Changes nothing.
+  - Looks for libraries in the linker cache and returns those that it does not hold, with their packages; fails, naming
+    them, where the libraries are required. Changes nothing.
 version_added: 0.1.0
 author: The Jetson Mamba authors
 options:
@@ -21,6 +22,10 @@ options:
     description: Soname to the Debian package that brings it.
     type: dict
     required: true
+  required:
+    description: Whether a library that is missing is a failure.
+    type: bool
+    default: true
 attributes:
   check_mode:
     support: full
@@ -34,12 +39,24 @@ EXAMPLES = r"""
     libraries:
       libcusparseLt.so.0: libcusparselt0
       libopenblas.so.0: libopenblas0
+
+- name: Ask which packages are to be installed
+  jetson.mamba.shared_libraries:
+    libraries:
+      libcusparseLt.so.0: libcusparselt0
+    required: false
+  register: libraries
 """
 
 RETURN = r"""
 missing:
-  description: Sonames that the linker cache does not hold (empty, as anything else fails).
-  returned: success
+  description: Sonames that the linker cache does not hold, sorted.
+  returned: always
+  type: list
+  elements: str
+packages:
+  description: The Debian packages that bring those, sorted.
+  returned: always
   type: list
   elements: str
 """
@@ -53,22 +70,26 @@ def sonames(printed: str) -> set[str]:
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
-        argument_spec={"libraries": {"type": "dict", "required": True}}, supports_check_mode=True
+        argument_spec={
+            "libraries": {"type": "dict", "required": True},
+            "required": {"type": "bool", "default": True},
+        },
+        supports_check_mode=True,
     )
     wanted = module.params["libraries"]
     ldconfig = shutil.which("ldconfig", path="/usr/sbin:/sbin:/usr/bin:/bin") or "ldconfig"
     _status, printed, _errors = module.run_command([ldconfig, "-p"], check_rc=True)
     missing = sorted(set(wanted) - sonames(printed))
-    if missing:
-        packages = " ".join(sorted({wanted[name] for name in missing}))
+    packages = sorted({wanted[name] for name in missing})
+    if missing and module.params["required"]:
         problem = Problem(
             "the linker finds no {}".format(", ".join(missing)),
             "the libraries that the torch wheel is linked with",
-            f"install them: sudo apt-get install {packages} (libcusparselt0 is in NVIDIA's CUDA repository), or let "
-            "the run do it: -e torch_jetpack_install_libraries=true",
+            "install them: sudo apt-get install {} (libcusparselt0 is in NVIDIA's CUDA repository), or let "
+            "the run do it: -e torch_jetpack_install_libraries=true".format(" ".join(packages)),
         )
-        module.fail_json(msg=problem.render(), problem=problem.as_dict())
-    module.exit_json(changed=False, missing=[])
+        module.fail_json(msg=problem.render(), problem=problem.as_dict(), missing=missing, packages=packages)
+    module.exit_json(changed=False, missing=missing, packages=packages)
 
 
 if __name__ == "__main__":

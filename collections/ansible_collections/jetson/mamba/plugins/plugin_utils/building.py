@@ -81,15 +81,24 @@ def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = No
     """Prepare the source and compute the key.
 
     Args:
-        options: component, version, source, cache, class_id, sm, build_flags, max_jobs, build_root, python, cuda_home.
+        options: component, version, source, patch_root, companions, cache, class_id, sm, build_flags, max_jobs,
+            build_root, python, scope, cuda_home.
         say: shows one line to the user.
 
     Raises:
-        Problem: the source is not to be had or not what it must be.
+        Problem: the source is not to be had or not what it must be, or a patch of it does not apply.
     """
     row = components.component(options["component"], options["version"])
     cache = cache_folder(options.get("cache"))
-    source = sources.prepare(row.name, row.version, options.get("source") or None, cache, say)
+    source = sources.prepare(
+        row.name,
+        row.version,
+        options.get("source") or None,
+        cache,
+        say,
+        patch_root=options.get("patch_root") or None,
+        companions=options.get("companions") or {},
+    )
     flags = list(options.get("build_flags") or [])
     key = build_key(row.name, row.version, source.sha256, options["class_id"], str(options["sm"]), flags)
     arguments = {
@@ -97,6 +106,7 @@ def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = No
         "version": row.version,
         "build_root": options["build_root"],
         "python": options["python"],
+        "scope": options.get("scope") or "venv",
         "cuda_home": options["cuda_home"] or "/usr/local/cuda",
         "class_id": options["class_id"],
         "sm": str(options["sm"]),

@@ -30,6 +30,9 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
 }
 ROW_REQUIRED = ("id", "l4t", "soc")
 ROW_REQUIRED_SUPPORTED = ("machine", "python", "cuda", "sm", "lock")
+DIGEST = re.compile("[0-9a-f]{64}")
+# what pip, shells and constraint files take without quoting
+FOLDER = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+@-]+)+")
 WHEEL_KEYS = ("version", "url", "path", "sha256")
 
 
@@ -65,7 +68,7 @@ def find_unknown_variables(
     """
     known = {option for options in specs.values() for option in options} | set(internal)
     problems = []
-    for name in sorted(set(names) - known):
+    for name in sorted(name for name in set(names) - known if not name.startswith("__")):
         role = next((role for role in specs if name.startswith(role + "_")), None)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if role is None and not near:
@@ -78,6 +81,36 @@ def find_unknown_variables(
                 f"roles/{role or next(r for r in specs if near[0].startswith(r + '_'))}/README.md lists them",
             )
         )
+    return problems
+
+
+def check_values(settings: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return every problem of values that an argument spec can't describe: wheels, checksums, folders."""
+    problems = []
+    for name in ("torch_jetpack_wheel", "torch_jetpack_torchvision"):
+        if settings[name]:
+            problems += check_wheel(settings[name], name)
+    digest = settings["torch_jetpack_sha256"]
+    if digest and not DIGEST.fullmatch(digest):
+        problems.append(
+            problem(
+                f"torch_jetpack_sha256 {digest!r}",
+                "64 lower-case hexadecimal digits",
+                "copy it from what sha256sum prints",
+                "torch_jetpack",
+            )
+        )
+    for name in ("jetson_platform_root", "jetson_platform_build_root", "jetson_platform_tmp_root", "cuda_env_home"):
+        value = settings[name]
+        if value and not FOLDER.fullmatch(value):
+            problems.append(
+                problem(
+                    f"{name} {value!r}",
+                    "an absolute path of letters, digits and . _ + - @, below /",
+                    "name a folder on the device such as /opt/jetson-mamba or /ssd/jetson-mamba",
+                    "cuda_env" if name == "cuda_env_home" else "jetson_platform",
+                )
+            )
     return problems
 
 
@@ -134,7 +167,7 @@ def check_wheel(wheel: Any, name: str) -> list[dict[str, str]]:
     if bool(wheel.get("url")) == bool(wheel.get("path")):
         problems.append(problem(f"{name}: both or none of url and path", "exactly one", fix, "torch_jetpack"))
     digest = wheel.get("sha256")
-    if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+    if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
         problems.append(
             problem(f"{name}: sha256 {digest!r}", "64 lower-case hexadecimal digits, or null", fix, "torch_jetpack")
         )

@@ -16,13 +16,14 @@ import subprocess
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ansible_collections.jetson.mamba.plugins.module_utils import patches
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch, patch_series
 from packaging.version import InvalidVersion, Version
 
 Progress = Callable[[str], None]
@@ -59,8 +60,10 @@ def prepare(
     cache: str | Path,
     progress: Progress | None = None,
     table: Path = components.DATA,
+    patch_root: str | None = None,
+    companions: Mapping[str, str | None] | None = None,
 ) -> SourceArchive:
-    """Fetch or read a component's source, check it, and pack it.
+    """Fetch or read a component's source, check it, patch it, and pack it.
 
     Args:
         component: a name in components.yml.
@@ -69,9 +72,13 @@ def prepare(
         cache: folder on the controller that keeps downloads and packed sources.
         progress: passed on to downloads.
         table: another components.yml than the project's own.
+        patch_root: folder of the patch series; those of the version that apply to its source are applied. None or
+            empty for no patches.
+        companions: version of every package that a condition of the series may name.
 
     Raises:
-        Problem: the source is not to be had, fails its checksum, or is not the wanted package and version.
+        Problem: the source is not to be had, fails its checksum, is not the wanted package and version, or is not what
+            a patch of it starts from.
     """
     row = components.component(component, version, table)
     chosen = source or row.source
@@ -88,10 +95,63 @@ def prepare(
         tree = Path(stage) / "tree"
         origin = _materialise(chosen, tree, folder, component, progress)
         found = _check_tree(tree, row, origin, own=bool(source))
+        if patch_root:
+            series = patch_series.load_series(
+                str(patch_root), component, row.version, companions or {}, applies_to="source"
+            )
+            _apply(series, tree, origin, component)
+            origin += "".join(f" + {patch['file']}" for patch in series)
         digest, packed = _pack(tree, Path(stage) / "source.tar")
         final = folder / "sources" / f"{component}-{found}-{digest[:16]}.tar"
         os.replace(packed, final)
     return SourceArchive(path=final, sha256=digest, origin=origin, version=found)
+
+
+def hashes_of(archive: SourceArchive, paths: Iterable[str]) -> dict[str, str | None]:
+    """Return {path: sha256 of that file in a packed source, or None where the source has no such file}.
+
+    A link counts as the file that it leads to, as it does for who copies it.
+    """
+    found: dict[str, str | None] = {}
+    with tarfile.open(archive.path, "r:") as handle:
+        for path in paths:
+            # KeyError: neither the file nor what a link leads to is there; RecursionError: links in a ring
+            with contextlib.suppress(KeyError, RecursionError):
+                stream = handle.extractfile(path)
+                if stream is not None:
+                    found[path] = hashlib.sha256(stream.read()).hexdigest()
+            found.setdefault(path, None)
+    return found
+
+
+def _apply(series: Iterable[Mapping[str, Any]], tree: Path, origin: str, component: str) -> None:
+    """Apply patches to a tree; one that is applied already, as in a tree of the user's own, stays so.
+
+    Raises:
+        Problem: a file is not what its patch starts from, a patch does not apply, or there is no program to apply it.
+    """
+    tool = shutil.which("patch")
+    for chain in patches.chains(list(series)):
+        path = tree / chain.target
+        regular = path.is_file() and path.resolve() == tree.resolve() / chain.target
+        digest = _sha256(path) if regular else None
+        status = patches.status_of(chain, digest)
+        names = ", ".join(step.file for step in chain.steps)
+        if status in (patches.ABSENT, patches.UNKNOWN):
+            raise Problem(
+                f"{chain.target} of {origin} {f'has sha256 {digest}' if digest else 'is no regular file there'}",
+                f"{chain.hashes[0]} (pristine) or {chain.hashes[-1]} (patched), for {names}",
+                f"put the pristine file into the source of {component}, or correct the series",
+            )
+        if status == patches.PATCHED:
+            continue
+        if tool is None:
+            raise Problem(
+                f"the program 'patch' is not on the controller, and the source of {component} needs {names}",
+                "GNU patch",
+                "install the package patch on the machine where Ansible runs",
+            )
+        path.write_bytes(patches.forward(tool, chain, path.read_bytes()))
 
 
 def _materialise(

@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ansible_collections.jetson.mamba.plugins.module_utils import elf
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import write_atomic
+from ansible_collections.jetson.mamba.plugins.module_utils.versions import canonical_name
 from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
@@ -27,6 +28,12 @@ PACKAGES = {
     "libcudnn.so.8": "libcudnn8",
     "libcudnn.so.9": "libcudnn9-cuda-12",
     "libgomp.so.1": "libgomp1",
+}
+# How the names of NVIDIA's wheels begin that bring libraries of the table above, by what their sonames begin with. The
+# rest of a name is the CUDA series (-cu12). torch loads the libraries out of these wheels: the linker need not know them.
+IN_WHEELS = {
+    "libcudnn": "nvidia-cudnn-cu",
+    "libcusparseLt": "nvidia-cusparselt-cu",
 }
 _SCHEMA = 1
 
@@ -76,12 +83,15 @@ def _dynamic(path: Path) -> Iterable[tuple[str, str]]:
                         yield "DT_SONAME", str(getattr(tag, "soname", ""))
 
 
-def needed(extra: Iterable[Mapping[str, Any]], cache: fetch.Cache | str | Path) -> dict[str, str]:
+def needed(
+    extra: Iterable[Mapping[str, Any]], cache: fetch.Cache | str | Path, locked: Sequence[str] = ()
+) -> dict[str, str]:
     """Return {soname: Debian package} that wheels on the controller ask of the system and that JetPack may lack.
 
     Args:
         extra: {name, version, url or path, sha256} each; those not fetched yet count for nothing.
         cache: the content cache; it keeps what was found out about a wheel.
+        locked: names of the lock's packages; what those of NVIDIA's bring is not asked of the system.
     """
     store = fetch.Cache.of(cache)
     sonames: set[str] = set()
@@ -89,7 +99,16 @@ def needed(extra: Iterable[Mapping[str, Any]], cache: fetch.Cache | str | Path) 
         wheel = fetch.find_wheel(description, store)
         if wheel is not None:
             sonames.update(_remembered(wheel, store))
-    return {soname: PACKAGES[soname] for soname in sorted(sonames) if soname in PACKAGES}
+    names = [canonical_name(name) for name in locked]
+    return {
+        soname: PACKAGES[soname] for soname in sorted(sonames) if soname in PACKAGES and not _is_brought(soname, names)
+    }
+
+
+def _is_brought(soname: str, locked: Sequence[str]) -> bool:
+    """Return whether one of these packages brings a library."""
+    package = IN_WHEELS.get(soname.partition(".so")[0])
+    return package is not None and any(name.startswith(package) for name in locked)
 
 
 def _remembered(wheel: fetch.Wheel, cache: fetch.Cache) -> list[str]:

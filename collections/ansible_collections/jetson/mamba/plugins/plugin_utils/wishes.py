@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ansible_collections.jetson.mamba.plugins.module_utils import (
     versions,
 )
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
 from ansible_collections.jetson.mamba.plugins.plugin_utils import (
     components,
     fetch,
@@ -26,11 +28,17 @@ from ansible_collections.jetson.mamba.plugins.plugin_utils import (
     sources,
     wheel_libs,
 )
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 DATA = Path(__file__).parent.parent / "data"
 COMPONENTS = ("causal_conv1d", "mamba_ssm")
 # a wheel's size on disk against its packed size
 UNPACKED = 3.6
+# what NVIDIA's wheels take, about, before one is in the cache
+UNFETCHED_MB = {"torch": 850, "torchvision": 10}
+# a C++ compiler on torch's headers, seen on x86-64
+CPU_BUILD_MEMORY_MB = 800
 Settings = Mapping[str, Any]
 Data = dict[str, Any]
 
@@ -54,6 +62,11 @@ def choose_wheels(row: Data, settings: Settings) -> tuple[list[Data], list[dict[
     problems = []
     torch = dict(settings["torch_jetpack_wheel"] or row.get("torch") or {})
     torchvision = dict(settings["torch_jetpack_torchvision"] or row.get("torchvision") or {})
+    fitting = versions.matching_torchvision(str(torch.get("version", ""))) or ""
+    own = settings["torch_jetpack_wheel"] and not settings["torch_jetpack_torchvision"]
+    # the row's torchvision belongs to the row's torch; beside another one it would not even import
+    if own and torchvision and not fnmatch.fnmatchcase(torchvision["version"], fitting):
+        torchvision = {}
     if not torch:
         problems.append(
             plan.problem(
@@ -136,59 +149,70 @@ class Wishes:
         self.locked = locks.read_lock(self.lock, self.target)
         torch = next((wheel["version"] for wheel in self.extra if wheel["name"] == "torch"), "none")
         self.class_id = plan.class_id(row, state, versions.pip_spelling(torch))
-        self.components = self._components(progress)
-        self.series = self._series(patch_root)
+        self.series: dict[str, list[Data]] = {}
+        self.components = self._components(patch_root, progress)
+        self._requirement_problems()
         self.env_id = plan.env_id(
             row,
             torch,
             {
                 "wheels": [[entry.name, entry.version, *entry.hashes] for entry in self.locked],
-                "extra": [
-                    [wheel["name"], wheel["version"], wheel.get("sha256") or wheel.get("url")] for wheel in self.extra
-                ],
+                "extra": [[wheel["name"], wheel["version"], identity(wheel)] for wheel in self.extra],
                 "components": {name: data["key"] for name, data in self.components.items()},
                 "scope": settings["jetson_platform_scope"],
                 "system_packages": sorted(settings["torch_jetpack_system_packages"]),
             },
         )
 
-    def _components(self, progress: Callable[[str], None] | None) -> dict[str, Data]:
+    def _components(self, patch_root: Path, progress: Callable[[str], None] | None) -> dict[str, Data]:
         chosen = {}
         kind = "cpu" if str(self.row["sm"]) == "cpu" else "cuda"
-        for name in COMPONENTS:
-            version = str(self.settings[f"{name}_version"])
+        companions = {name: str(self.settings[f"{name}_version"]) for name in COMPONENTS}
+        for name, version in companions.items():
+            source = self.settings[f"{name}_source"] or None
             try:
                 facts = components.find(name, version)
-                archive = sources.prepare(name, version, self.settings[f"{name}_source"] or None, self.cache, progress)
+                archive = sources.prepare(
+                    name, version, source, self.cache, progress, patch_root=str(patch_root), companions=companions
+                )
+                self.series[name] = patch_series.load_series(str(patch_root), name, version, companions)
             except Problem as refusal:
                 self.problems.append(dict(refusal.as_dict(), outcome=name))
                 continue
+            self._check_targets(name, archive)
+            key = build.build_key(
+                name,
+                version,
+                archive.sha256,
+                self.class_id,
+                str(self.row["sm"]),
+                self.settings[f"{name}_build_flags"],
+            )
             chosen[name] = {
                 "version": version,
-                "key": build.build_key(
-                    name,
-                    version,
-                    archive.sha256,
-                    self.class_id,
-                    str(self.row["sm"]),
-                    self.settings[f"{name}_build_flags"],
-                ),
+                "key": key,
                 "minutes": facts["minutes_estimate"][kind],
                 "disk_mb": facts["disk_mb"],
-                "memory_mb": facts["job_memory_mb"] if kind == "cuda" else 800,
+                "memory_mb": facts["job_memory_mb"] if kind == "cuda" else CPU_BUILD_MEMORY_MB,
                 "reinstall": bool(self.settings[f"{name}_reinstall"]),
             }
         return chosen
 
-    def _series(self, patch_root: Path) -> dict[str, list[Data]]:
-        chosen_versions = {name: data["version"] for name, data in self.components.items()}
-        series = {}
-        for name, version in chosen_versions.items():
-            try:
-                series[name] = patch_series.load_series(str(patch_root), name, version, chosen_versions)
-            except Problem as refusal:
-                self.problems.append(dict(refusal.as_dict(), outcome="source_patches"))
-        return series
+    def _check_targets(self, name: str, archive: sources.SourceArchive) -> None:
+        """Note a problem per file of a source that no patch will know once it is built and installed."""
+        series = self.series[name]
+        pristine, final = patches.pristine_hashes(series), patches.expected_hashes(series)
+        for target, found in sources.hashes_of(archive, pristine).items():
+            if found is None or found in known_hashes(series, target):
+                continue
+            self.problems.append(
+                plan.problem(
+                    "source_patches",
+                    f"{target} in {archive.origin} has sha256 {found}",
+                    f"{pristine[target]} (as upstream ships it) or {final[target]} (patched)",
+                    f"take upstream's file back into that source, or name another source: {name}_source",
+                )
+            )
 
     def wheels(self) -> list[Data]:
         """Return what the environment must hold, {name, version} each."""
@@ -200,8 +224,8 @@ class Wishes:
         """Return the size of all wheels in MB, as far as it is known."""
         size = sum(entry.size or 0 for entry in self.locked)
         for wheel in self.extra:
-            if wheel.get("path") and Path(wheel["path"]).is_file():
-                size += Path(wheel["path"]).stat().st_size
+            found = fetch.find_wheel(wheel, self.cache)
+            size += found.size if found else UNFETCHED_MB.get(wheel["name"], 0) << 20
         return size >> 20
 
     def installed_mb(self) -> int:
@@ -251,25 +275,71 @@ class Wishes:
             "components": self.components,
             "shim": digests(shim_files),
             "patches": self.patch_targets(),
-            "toolkit": plan.toolkit_wish(self.row) if settings["cuda_env_install"] else None,
+            "toolkit": plan.toolkit_wish(self.row, self.state, dict(settings)),
+            "system_shim": digests(self._system_shim()),
+            "launcher": self._launcher(paths),
             "minutes": round(1 + packed / 300, 1),
             "disk_mb": self.installed_mb(),
         }
 
     def libraries(self) -> dict[str, str]:
         """Return {soname: Debian package} that the wheels in the cache ask of the system (none before the fetch)."""
-        return wheel_libs.needed(self.extra, self.cache)
+        return wheel_libs.needed(self.extra, self.cache, [entry.name for entry in self.locked])
 
     @property
     def scope(self) -> str:
         """The installation scope, venv or user."""
         return str(self.settings["jetson_platform_scope"])
 
+    def _system_shim(self) -> Mapping[str, Any]:
+        """Return the shim's files in the system Python, where a setting asks for them there."""
+        if not self.settings["sitecustomize_system"]:
+            return {}
+        folder = shim.system_site_packages(f"/usr/lib/python{self.row['python']}/site-packages")
+        wanted: Mapping[str, Any] = shim.wanted_files(folder)
+        return wanted if self.settings["sitecustomize_state"] == "present" else dict.fromkeys(wanted)
+
+    def _launcher(self, paths: Data) -> dict[str, str]:
+        """Return {path: sha256} of the launcher."""
+        user_python = str(paths["base_python"]) if self.scope == "user" else ""
+        text = environment.launcher_text(paths["root"], user_python)
+        path = f"{paths['root']}/{environment.LAUNCHER}"
+        return {path: hashlib.sha256(text.encode("utf-8")).hexdigest()}
+
+    def _requirement_problems(self) -> None:
+        """Note what a component needs beside it and would not find."""
+        chosen = {entry.name: entry.version for entry in self.locked}
+        chosen.update({wheel["name"]: wheel["version"] for wheel in self.extra})
+        chosen.update({name.replace("_", "-"): data["version"] for name, data in self.components.items()})
+        for name, data in self.components.items():
+            for other, specifier in components.find(name, data["version"])["requires"].items():
+                version = chosen.get(other.replace("_", "-"))
+                if version is None or SpecifierSet(specifier).contains(Version(version).base_version):
+                    continue
+                self.problems.append(
+                    plan.problem(
+                        name,
+                        f"{other} {version} beside {name} {data['version']}",
+                        f"{other}{specifier}",
+                        f"choose versions that fit: {name}_version, or another {other}",
+                    )
+                )
+
     def constraints(self) -> list[str]:
         """Return the lines that keep later installations from replacing what was installed here."""
+        own = bool(self.settings["torch_jetpack_wheel"])
         return environment.constraint_lines(
-            self.wheels(), self.row.get("torchvision_version"), self.settings["torch_jetpack_constraints_extra"]
+            self.wheels(),
+            None if own else self.row.get("torchvision_version"),
+            self.settings["torch_jetpack_constraints_extra"],
         )
+
+
+def identity(wheel: Data) -> str | None:
+    """Return what tells a wheel from another of its version: its checksum, else its URL."""
+    if wheel.get("path") and not wheel.get("sha256"):
+        return sha256_file(str(Path(wheel["path"]).expanduser()))
+    return wheel.get("sha256") or wheel.get("url")
 
 
 def known_hashes(series: Sequence[Data], target: str) -> list[str]:
