@@ -287,6 +287,8 @@ def test_the_survey_of_sshd_is_plain_data(device: Path) -> None:
     assert json.loads(json.dumps(fine)) == fine
     bring(device, Commands(), WISH)  # our own line is nobody else's
     assert cuda_env.survey_sshd(str(device)) == fine
+    (device / "etc/ssh/sshd_config.d/folder.conf").mkdir()  # sshd passes it over
+    assert cuda_env.survey_sshd(str(device)) == fine
     (device / "etc/ssh/sshd_config").unlink()
     assert cuda_env.survey_sshd(str(device)) == {"exists": False, "readable": True, "include": False, "set_env": []}
 

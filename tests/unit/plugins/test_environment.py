@@ -232,6 +232,21 @@ def test_the_user_site_is_discovered_and_one_key_is_added(root: Path, home: Path
     assert not (root / "current").exists()
 
 
+def test_the_launcher_follows_from_a_venv_to_the_user_site_and_back(root: Path, home: Path) -> None:
+    ensure(wish(root, activate=True), check=False)
+    launcher = root / "bin/mamba-python"
+    of_venv = launcher.read_text()
+    planned = ensure(user_wish(root), check=True)
+    assert f"write {launcher}" in planned["actions"] and launcher.read_text() == of_venv
+    assert ensure(user_wish(root), check=False)["changed"]
+    assert launcher.read_text() == environment.launcher_text(str(root), BASE)
+    assert not ensure(user_wish(root), check=False)["changed"]
+    ensure(wish(root), check=False)  # prepared only
+    assert launcher.read_text() == environment.launcher_text(str(root), BASE)
+    ensure(wish(root, activate=True), check=False)
+    assert launcher.read_text() == of_venv
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -314,10 +314,7 @@ def test_the_task_that_makes_a_failed_verification_fail_is_not_blamed(
     callback.v2_runner_on_ok(kind("bad", "Prove the kernels", {"report": failed}))
     callback.v2_runner_on_failed(kind("bad", "Require that no component failed", {"msg": "x"}))
     callback.v2_playbook_on_stats(Stats(["bad"], failures=["bad"]))
-    assert callback._display.shown[-4:-2] == [
-        "  \u2717  bad  failed  2 passed, 1 failed, 3 not run; cpu kernels",
-        "  1 host(s): 1 failed",
-    ] or "after verification" not in shown(callback)
+    assert "bad  failed  2 passed, 1 failed, 3 not run; cpu kernels\n" in shown(callback)
     (folder,) = (tmp_path / "reports").iterdir()
     fleet = json.loads((folder / "fleet.json").read_text())["hosts"]
     assert fleet["bad"]["state"] == "failed" and "after verification" not in fleet["bad"]["summary"]

@@ -190,6 +190,17 @@ def test_a_toolkit_at_the_users_own_place() -> None:
     assert "cuda-toolkit-12-8" in problem["next"]
 
 
+def test_an_admins_own_setenv_is_met_before_anything_changes() -> None:
+    settings = {**SETTINGS, "cuda_env_ssh": True}
+    work = [{"outcome": "cuda_env"}]
+    state = orin(sshd={"readable": True, "include": True, "set_env": ["/etc/ssh/sshd_config:12"]})
+    (problem,) = plan.find_problems(ROW, state, settings, NEEDS, work)
+    assert "/etc/ssh/sshd_config:12" in problem["found"]
+    assert "cuda_env_ssh" in problem["next"]
+    assert plan.find_problems(ROW, state, {**settings, "cuda_env_ssh": False}, NEEDS, work) == []
+    assert plan.find_problems(ROW, state, settings, NEEDS, WORK) == [], "no work on it, no problem"
+
+
 def test_verification_takes_the_active_environment_where_the_wanted_one_is_absent() -> None:
     paths = {"root": "/r", "env": "/r/envs/wanted", "python": "x", "site_packages": "y", "state": "z"}
     found = {"current": "envs/other", "venvs": {"other": {"exists": True, "site_packages": "/r/envs/other/site"}}}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,6 +157,37 @@ def test_a_tmp_that_cannot_be_made(arguments: dict[str, Any], tmp_path: Path) ->
     assert result["failed"] and "no folder could be made" in result["msg"]
 
 
+def test_old_folders_of_ours_go_and_everything_else_in_a_shared_folder_stays(arguments: dict[str, Any]) -> None:
+    shared = Path(arguments["tmp"])
+    half_a_day_ago = time.time() - 13 * 3600
+    ours = "jetson-mamba-wheels."
+    for name in ("wheels.bak", "wheels.deadbeef", ours + "bak", ours + "deadbeef", ours + "freshnew"):
+        (shared / name).mkdir(parents=True)
+    (shared / (ours + "textfile")).write_text("")
+    for path in shared.iterdir():
+        if not path.name.endswith("freshnew"):
+            os.utime(path, (half_a_day_ago, half_a_day_ago))
+    kept = {path.name for path in shared.iterdir()} - {ours + "deadbeef"}
+    run(Device(arguments))
+    assert {path.name for path in shared.iterdir()} == kept
+
+
+def test_old_folders_of_other_users_stay(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Path(arguments["tmp"], "jetson-mamba-wheels.deadbeef")
+    old.mkdir(parents=True)
+    half_a_day_ago = time.time() - 13 * 3600
+    os.utime(old, (half_a_day_ago, half_a_day_ago))
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    (binaries / "id").write_text(f"#!/bin/sh\necho {os.getuid() + 1}\n")
+    (binaries / "id").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
+    run(Device(arguments))
+    assert old.is_dir()
+
+
 @pytest.mark.parametrize(
     ("tag", "files", "words"),
     [
@@ -210,6 +244,20 @@ def fetch_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def test_fetch_artefacts_has_nothing_to_do_where_all_is_cached(arguments: dict[str, Any]) -> None:
     result = Controller(fetch_arguments(arguments)).run()
     assert (result["changed"], result["fetched"], result["libraries"]) == (False, [], {})
+
+
+def test_fetch_artefacts_leaves_out_libraries_that_the_lock_brings(arguments: dict[str, Any], tmp_path: Path) -> None:
+    cache = fetch.Cache(arguments["cache"])
+    digest = hashlib.sha256(Path(arguments["extra"][0]["path"]).read_bytes()).hexdigest()
+    note = cache.root / "needed" / f"{digest}.json"
+    note.parent.mkdir()
+    note.write_text(json.dumps({"schema": 1, "needed": ["libcudnn.so.9", "libopenblas.so.0"]}))
+    asked = Controller(fetch_arguments(arguments), check=True).run()["libraries"]
+    assert sorted(asked) == ["libcudnn.so.9", "libopenblas.so.0"]
+    lock = Path(arguments["lock"])
+    lock.write_text(lock.read_text() + f"nvidia-cudnn-cu12==9.10.2.21 --hash=sha256:{'a' * 64}\n")
+    result = Controller(fetch_arguments(arguments), check=True).run()
+    assert result["libraries"] == {"libopenblas.so.0": "libopenblas0"}
 
 
 def test_fetch_artefacts_in_check_mode_names_what_is_absent(arguments: dict[str, Any], tmp_path: Path) -> None:

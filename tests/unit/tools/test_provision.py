@@ -64,12 +64,13 @@ def test_provision_prepares_the_simulated_fleet_then_runs_the_site(tmp_path: Pat
     assert (tmp_path / "artefacts" / "artefacts.json").read_text() == ARTEFACTS
 
 
-def test_real_fleet_needs_neither_root_nor_simulator(tmp_path: Path) -> None:
+def test_real_fleet_needs_neither_root_nor_simulator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inventory = tmp_path / "jetsons.ini"
     inventory.write_text("[jetsons]\n")
     run = FakeRun()
     make(tmp_path, run, inventory=str(inventory), uid=1000, args=["--ask-become-pass"]).do("provision")
     assert run.calls == ["ansible-playbook site.yml -i jetsons.ini --ask-become-pass"]
+    assert "a first run compiles on each device: about 40 minutes on an Orin by estimate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def survey_sshd(prefix: str = "") -> Dict[str, Any]:
         elif keyword == "setenv" and path != SSHD_DROP_IN:
             set_env.append(f"{path}:{number}")
     return {
-        "exists": os.path.lexists(prefix + SSHD_CONFIG) or bool(unreadable),
+        "exists": os.path.exists(prefix + SSHD_CONFIG) or bool(unreadable),
         "readable": not unreadable,
         "include": any(_matches(pattern, SSHD_DROP_IN) for pattern in includes),
         "set_env": set_env,
@@ -303,7 +303,7 @@ def _sshd_lines(
 
     What cannot be read is added to unreadable instead.
     """
-    if path in above:
+    if path in above or (os.path.exists(prefix + path) and not os.path.isfile(prefix + path)):
         return
     try:
         text = read_text(prefix + path) or ""

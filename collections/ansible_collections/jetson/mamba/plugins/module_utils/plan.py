@@ -8,6 +8,7 @@ import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+from ansible_collections.jetson.mamba.plugins.module_utils.cuda_env import sshd_problem
 from ansible_collections.jetson.mamba.plugins.module_utils.records import canonical_name
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import same_version
 
@@ -204,6 +205,7 @@ def find_problems(
         _python_problems(row, state, settings)
         + _compiler_problems(row, state, settings)
         + _cuda_problems(row, state, settings)
+        + _sshd_problems(state, settings, "cuda_env" in outcomes)
         + _library_problems(state, settings, needs)
         + _disk_problems(state, needs, bool(outcomes))
         + _memory_problems(state, needs, outcomes)
@@ -314,6 +316,13 @@ def _cuda_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) ->
             )
         ]
     return []
+
+
+def _sshd_problems(state: Dict[str, Any], settings: Dict[str, Any], has_work: bool) -> List[Dict[str, str]]:
+    if not has_work or not settings.get("cuda_env_ssh") or settings.get("cuda_env_state") == "absent":
+        return []
+    found = sshd_problem(state["sshd"])
+    return [dict(found, outcome="cuda_env")] if found else []
 
 
 def _library_problems(state: Dict[str, Any], settings: Dict[str, Any], needs: Dict[str, Any]) -> List[Dict[str, str]]:

@@ -17,7 +17,7 @@ import subprocess
 import time
 from typing import Any, Dict, List, Optional, Sequence
 
-from ansible_collections.jetson.mamba.plugins.module_utils import elf, files, records
+from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, elf, files, records
 
 SCHEMA = 1
 DEVICE_TREE = "sys/firmware/devicetree/base"
@@ -347,6 +347,7 @@ def collect(
         "user_sites": user_sites,
         "files": {path: files.sha256_file(path) for path in config_files},
         "environment_path": environment_path(top),
+        "sshd": cuda_env.survey_sshd(top.rstrip("/")),
         "user": read_user(),
     }
 

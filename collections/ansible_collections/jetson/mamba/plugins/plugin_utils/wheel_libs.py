@@ -30,7 +30,7 @@ PACKAGES = {
     "libgomp.so.1": "libgomp1",
 }
 # How the names of NVIDIA's wheels begin that bring libraries of the table above, by what their sonames begin with. The
-# rest of a name is the CUDA series (-cu12). torch loads the libraries out of these wheels: the linker need not know them.
+# rest of a name is the CUDA series (-cu12). torch loads these libraries itself: the linker need not know them.
 IN_WHEELS = {
     "libcudnn": "nvidia-cudnn-cu",
     "libcusparseLt": "nvidia-cusparselt-cu",
