@@ -116,7 +116,7 @@ class Provisioner:
         if self.inventory is not None:
             inventory = self.user_inventory()
             if action == "provision":
-                tell("a first run compiles on each device: about 40 minutes on an Orin by estimate")
+                tell("a first run compiles on each device, 40 minutes on an Orin by estimate")
         else:
             self.fleet_up()
             inventory = str(self.simulated_inventory)
