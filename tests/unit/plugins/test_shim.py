@@ -252,8 +252,9 @@ def test_it_works_behind_a_distributions_sitecustomize(environment: Environment,
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13"])
 def test_it_works_on_every_python_that_is_here(tmp_path: Path, version: str) -> None:
-    python = shutil.which(f"python{version}")
-    probe = [python or "false", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    # the interpreter itself: a venv's, which is first on the PATH of `make`, has no user site
+    python = os.path.realpath(shutil.which(f"python{version}") or "/bin/false")
+    probe = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     if subprocess.run(probe, capture_output=True, text=True, check=False).stdout.strip() != version:
         pytest.skip(f"no python{version} on this machine")
     site = tmp_path / "lib" / f"python{version}" / "site-packages"
@@ -264,7 +265,7 @@ def test_it_works_on_every_python_that_is_here(tmp_path: Path, version: str) -> 
     code = f"import torch.distributed as d; print([hasattr(d, n) for n in {NAMES}])"
     user_site = {"PYTHONUSERBASE": str(tmp_path), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     done = subprocess.run(
-        [str(python), "-c", code], capture_output=True, text=True, check=False, env=user_site, timeout=60
+        [python, "-c", code], capture_output=True, text=True, check=False, env=user_site, timeout=60
     )
     assert (done.stdout, done.stderr) == ("[True, True, True, True]\n", "")
 
