@@ -264,9 +264,7 @@ def test_it_works_on_every_python_that_is_here(tmp_path: Path, version: str) -> 
     files.ensure_files(shim.wanted_files(str(site)), check=False)
     code = f"import torch.distributed as d; print([hasattr(d, n) for n in {NAMES}])"
     user_site = {"PYTHONUSERBASE": str(tmp_path), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=False, env=user_site, timeout=60
-    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=user_site, timeout=60)
     assert (done.stdout, done.stderr) == ("[True, True, True, True]\n", "")
 
 
