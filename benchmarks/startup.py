@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "collections"))
 
+# E402: they can be imported only after the line above
 from ansible_collections.jetson.mamba.plugins.module_utils import files, shim  # noqa: E402
 
 LIMIT_MS = 1.0

@@ -22,6 +22,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "collections"))
 
+# E402: they can be imported only after the line above
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem  # noqa: E402
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import (  # noqa: E402
     Target,

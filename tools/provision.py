@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "collections"))
 
+# E402: they can be imported only after the line above
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem  # noqa: E402
 
 PLAYBOOKS: Mapping[str, tuple[str, ...]] = {

@@ -13,6 +13,7 @@ from ansible_collections.jetson.mamba.plugins.module_utils import environment
 from ansible_collections.jetson.mamba.plugins.module_utils.environment import Wish, ensure
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
+# sys._base_executable: the only name of the interpreter behind a venv, and not in the type stubs
 BASE = os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys._base_executable  # type: ignore[attr-defined]
 VERSION = "{}.{}".format(*sys.version_info[:2])
 
@@ -28,7 +29,7 @@ def wish(root: Path, name: str = "a", **changes: object) -> Wish:
         constraints=["torch==1.0"],
         system_packages=[],
     )
-    return made._replace(**changes)  # type: ignore[arg-type]
+    return made._replace(**changes)  # type: ignore[arg-type]  # fields differ in type
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def user_wish(root: Path, **changes: object) -> Wish:
     """Return a wish for the user site."""
     made = Wish("user", BASE, str(root), state=str(root / "state/user"), constraints=["torch==1.0"])
-    return made._replace(**changes)  # type: ignore[arg-type]
+    return made._replace(**changes)  # type: ignore[arg-type]  # fields differ in type
 
 
 def test_the_user_site_is_discovered_and_one_key_is_added(root: Path, home: Path) -> None:

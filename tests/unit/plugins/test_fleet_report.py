@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,7 +224,7 @@ class NewResult:
 
 
 class Stats:
-    def __init__(self, hosts: list[str], failures: list[str] = (), dark: list[str] = ()) -> None:  # type: ignore[assignment]
+    def __init__(self, hosts: list[str], failures: Sequence[str] = (), dark: Sequence[str] = ()) -> None:
         self.processed = dict.fromkeys(hosts, 1)
         self.failures = dict.fromkeys(failures, 1)
         self.dark = dict.fromkeys(dark, 1)

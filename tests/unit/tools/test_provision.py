@@ -44,7 +44,7 @@ def _tools_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(tmp_path: Path, run: FakeRun, **more: object) -> provision.Provisioner:
     settings = {"cache": tmp_path, "run": run, "uid": 0, "platform": "linux", **more}
-    return provision.Provisioner(**settings)  # type: ignore[arg-type]
+    return provision.Provisioner(**settings)  # type: ignore[arg-type]  # fields differ in type
 
 
 def test_provision_prepares_the_simulated_fleet_then_runs_the_site(tmp_path: Path) -> None:

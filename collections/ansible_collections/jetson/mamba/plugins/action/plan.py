@@ -77,8 +77,9 @@ class ActionModule(ActionBase):
         settings: dict[str, Any] = {}
         for role, options in specs.items():
             values = yaml.safe_load((roles / role / "defaults" / "main.yml").read_text(encoding="utf-8")) or {}
-            values["source_patches_root" if role == "source_patches" else ""] = str(roles.parent / "files" / "patches")
-            values.pop("", None)
+            if role == "source_patches":
+                # the one default that is a template, of a role_path that is not ours here
+                values["source_patches_root"] = str(roles.parent / "files" / "patches")
             values.update({name: self._templar.template(task_vars[name]) for name in options if name in task_vars})
             checked = ArgumentSpecValidator(options).validate(values)
             for message in checked.error_messages:

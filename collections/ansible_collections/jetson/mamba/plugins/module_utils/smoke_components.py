@@ -261,8 +261,10 @@ def record_problems(distribution: Any) -> Tuple[int, List[str]]:
         try:
             digest = hashlib.new(entry.hash.mode)
             with open(path, "rb") as stream:
-                for block in iter(lambda handle=stream: handle.read(1 << 20), b""):  # type: ignore[misc]
+                block = stream.read(1 << 20)
+                while block:
                     digest.update(block)
+                    block = stream.read(1 << 20)
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
             continue
