@@ -10,6 +10,10 @@ STAMP := $(VENV)/.ready
 # INVENTORY=jetsons.ini: your own fleet. Without it: the simulated one, which needs root on Linux.
 INVENTORY ?=
 FLEET ?= default
+# What `make bundle` is for: ids of platform rows, and Pythons of the controller that has no internet.
+PLATFORMS ?=
+PYTHONS ?=
+BUNDLE_ARGS ?=
 # Further words for ansible-playbook, e.g. ARGS='--ask-become-pass --limit site_a'.
 ARGS ?=
 
@@ -17,7 +21,7 @@ PYTHON_ENV := PATH="$(BIN):$$PATH" PYTHONUNBUFFERED=1
 PROVISION = $(PYTHON_ENV) $(BIN)/python tools/provision.py \
 	--fleet '$(FLEET)' $(if $(INVENTORY),--inventory '$(INVENTORY)') $(if $(ARGS),--args '$(ARGS)')
 
-.PHONY: help venv provision check verify fleet-up fleet-down test lint unit molecule lock clean
+.PHONY: help venv provision check verify fleet-up fleet-down test lint unit molecule lock bundle open clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -68,7 +72,17 @@ lock: $(STAMP) ## resolve requirements/*.in again, for each supported Python
 	        --no-emit-find-links --no-header --output-file py$${version/./}.txt controller.in dev.in; \
 	done
 
+# PLATFORMS: ids of platform rows, fetched without any device. Without it: what the devices of INVENTORY lack.
+bundle: $(STAMP) ## pack all that a controller without internet needs into one file (docs/offline.md)
+	@$(PYTHON_ENV) $(BIN)/python tools/bundle.py make --platforms '$(PLATFORMS)' $(if $(PYTHONS),--pythons '$(PYTHONS)') \
+	    $(if $(INVENTORY),--inventory '$(INVENTORY)') $(if $(ARGS),--args '$(ARGS)') $(BUNDLE_ARGS)
+
+open: ## verify the bundle that this folder was unpacked from, and put its parts in place
+	@$(or $(PYTHON),python3) tools/bundle.py open $(BUNDLE_ARGS)
+
+# What a bundle brought stays: without internet nobody could fetch it again.
 clean: ## remove .venv, caches and the simulated fleet
 	@if [ -x $(BIN)/python ]; then $(PROVISION) fleet-down; fi
-	rm -rf --one-file-system '$(VENV)' .cache .pytest_cache .mypy_cache .ruff_cache reports
+	rm -rf --one-file-system '$(VENV)' .pytest_cache .mypy_cache .ruff_cache reports
+	@if [ -d .cache ]; then find .cache -mindepth 1 -maxdepth 1 ! -name bundle -exec rm -rf --one-file-system {} +; fi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ class Fleet:
         self.inventory = ROOT / ".cache" / "simulator" / "inventories" / f"{name}.yml"
         self.runs = 0
 
+    def up(self, description: Path | None = None) -> None:
+        """Start the fleet anew, its default hosts or those of a description, and write its inventory."""
+        self.simulator("down", "--fleet", self.name)
+        argv = [sys.executable, "tools/provision.py", "fleet-up", "--fleet", self.name]
+        subprocess.run([*argv, *(["--fleet-file", str(description)] if description else [])], cwd=ROOT, check=True)
+
+    def down(self) -> None:
+        """Remove the fleet."""
+        self.simulator("down", "--fleet", self.name)
+
     def simulator(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command of the simulator on this fleet."""
         return subprocess.run(
@@ -63,6 +74,12 @@ class Fleet:
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def roots(self, hosts: Iterable[str], script: str) -> dict[str, str]:
+        """Run a shell script as root on several hosts, two at a time; returns {host: output}."""
+        names = list(hosts)
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(names, pool.map(lambda host: self.root(host, script), names), strict=True))
+
     def ssh(self, host: str, command: str, check: bool = True) -> str:
         """Run a command over ssh as the fleet's user, as a person would; returns its output."""
         done = self.simulator("ssh", "--fleet", self.name, host, "--", command, check=False)
@@ -73,6 +90,15 @@ class Fleet:
         self, playbook: str = "site.yml", *words: str, inventory: Path | None = None, env: dict[str, str] | None = None
     ) -> Run:
         """Run ansible-playbook from the repository's root."""
+        process, reports = self.started(playbook, *words, inventory=inventory, env=env)
+        output, _ = process.communicate()
+        print(output)
+        return Run(process.returncode, output, reports)
+
+    def started(
+        self, playbook: str, *words: str, inventory: Path | None = None, env: dict[str, str] | None = None
+    ) -> tuple[subprocess.Popen[str], Path]:
+        """Start ansible-playbook from the repository's root; returns the process and where its reports will be."""
         self.runs += 1
         reports = self.scratch / f"reports-{self.runs}"
         argv = [
@@ -82,13 +108,13 @@ class Fleet:
             str(inventory or self.inventory),
             *words,
         ]
-        done = subprocess.run(
+        print(f"$ {shlex.join(argv)}")
+        process = subprocess.Popen(
             argv,
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            check=False,
             stdin=subprocess.DEVNULL,
             env={
                 **os.environ,
@@ -99,8 +125,7 @@ class Fleet:
                 **(env or {}),
             },
         )
-        print(f"$ {shlex.join(argv)}\n{done.stdout}")
-        return Run(done.returncode, done.stdout, reports)
+        return process, reports
 
 
 @pytest.fixture(scope="session")
@@ -108,10 +133,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Return a fleet of three bare hosts; it goes away with the session."""
     assert os.geteuid() == 0, "the simulated fleet needs root"
     made = Fleet(FLEET, tmp_path_factory.mktemp("fleet"))
-    made.simulator("down", "--fleet", FLEET)
-    subprocess.run([sys.executable, "tools/provision.py", "fleet-up", "--fleet", FLEET], cwd=ROOT, check=True)
+    made.up()
     yield made
-    made.simulator("down", "--fleet", FLEET)
+    made.down()
 
 
 def words(text: str | Sequence[str]) -> str:

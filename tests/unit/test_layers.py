@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +160,27 @@ def test_no_role_uses_another_role(path: Path) -> None:
     assert not [task.get("name") for task in tasks if roles & set(task)]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "playbooks").glob("*.yml")), ids=lambda p: p.name)
+PLAYBOOKS = sorted((ROOT / "playbooks").glob("*.yml"))
+
+
+def plays_of(path: Path) -> list[dict[str, object]]:
+    plays: list[dict[str, object]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return plays
+
+
+def play_tasks(path: Path) -> Iterator[dict[str, object]]:
+    """Yield the tasks of a playbook, or of a file of tasks that playbooks include."""
+    for play in plays_of(path):
+        if path.parent.name == "tasks":
+            yield from walk_tasks([play])
+        for section in ("pre_tasks", "tasks", "post_tasks"):
+            tasks = play.get(section)
+            yield from walk_tasks(tasks if isinstance(tasks, list) else [])
+
+
+@pytest.mark.parametrize(
+    "path", [*PLAYBOOKS, *sorted((ROOT / "playbooks" / "tasks").glob("*.yml"))], ids=lambda p: p.name
+)
 def test_playbooks_hold_roles_not_work(path: Path) -> None:
     """A play may choose and order roles; what is done stands in a role, a module or an action."""
     allowed = {
@@ -165,11 +188,91 @@ def test_playbooks_hold_roles_not_work(path: Path) -> None:
         *("ansible.builtin.assert", "ansible.builtin.fail", "ansible.builtin.meta", "ansible.builtin.debug"),
         *("ansible.builtin.include_tasks", "ansible.builtin.import_tasks", "block"),
     }
-    for play in yaml.safe_load(path.read_text(encoding="utf-8")):
-        for section in ("pre_tasks", "tasks", "post_tasks"):
-            for task in walk_tasks(play.get(section) or []):
-                actions = set(task) & allowed or {key for key in task if key.startswith("jetson.mamba.")}
-                assert actions, f"{path.name}: {task.get('name')}"
+    for task in play_tasks(path):
+        actions = set(task) & allowed or {key for key in task if key.startswith("jetson.mamba.")}
+        assert actions, f"{path.name}: {task.get('name')}"
+
+
+def entered_roles(tasks: list[dict[str, object]], seen: frozenset[Path] = frozenset()) -> Iterator[tuple[str, str]]:
+    """Yield (role, entry point) of what tasks enter, files that they include too."""
+    for task in walk_tasks(tasks):
+        role, included = task.get("ansible.builtin.include_role"), task.get("ansible.builtin.include_tasks")
+        if isinstance(role, dict):
+            yield role["name"], role.get("tasks_from", "main.yml")
+        if included:
+            path = ROOT / "playbooks" / "tasks" / Path(str(included)).name
+            if path not in seen:
+                yield from entered_roles(yaml.safe_load(path.read_text(encoding="utf-8")), seen | {path})
+
+
+def roles_of(play: dict[str, object]) -> set[tuple[str, str]]:
+    tasks = play.get("tasks")
+    return set(entered_roles(tasks if isinstance(tasks, list) else []))
+
+
+def test_builders_are_chosen_for_all_hosts_at_once() -> None:
+    """One build for each key whatever `serial` is: a batch, or hosts that run ahead, would choose for themselves."""
+    plays = [play for path in PLAYBOOKS for play in plays_of(path)]
+    choosing = [play for play in plays if "wheelhouse" in {role for role, _entry in roles_of(play)}]
+    assert len(choosing) == 2, "one that plans and one that builds"
+    for play in choosing:
+        assert "serial" not in play and play["strategy"] == "linear", play["name"]
+        assert "groups['builders']" in str(play["hosts"]) and "groups['jetsons']" in str(play["hosts"]), play["name"]
+
+
+BEFORE = ["Survey and plan", "Fetch what the plan needs to the controller", "Build what the wheelhouse lacks"]
+LOAD = """
+import json, sys
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.playbook import Playbook
+from ansible.plugins.loader import init_plugin_loader
+from ansible.vars.manager import VariableManager
+
+init_plugin_loader(["collections"])
+loader = DataLoader()
+manager = VariableManager(loader=loader, inventory=InventoryManager(loader=loader, sources=[]))
+book = Playbook.load(sys.argv[1], variable_manager=manager, loader=loader)
+print(json.dumps({str(play.get_name()): str(play.vars.get("wheelhouse_scope")) for play in book.get_plays()}))
+"""
+
+
+def loaded_scopes(name: str) -> dict[str, str]:
+    """Return {name of a play: its wheelhouse_scope} of a playbook, as Ansible loads it with all that it imports.
+
+    Apart, since loading replaces how a process imports collections.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(ROOT / name)],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(("name", "scope"), [("site.yml", "work"), ("playbooks/build_wheels.yml", "all")])
+def test_all_plays_of_a_playbook_want_the_same_wheels(name: str, scope: str) -> None:
+    """The site comes through build_wheels.yml, whose own scope is another: its own must win in each play."""
+    found = loaded_scopes(name)
+    assert {play: found[play] for play in BEFORE} == dict.fromkeys(BEFORE, scope)
+
+
+def test_wheels_are_built_before_any_host_is_changed() -> None:
+    plays = [*loaded_scopes("site.yml")]
+    assert plays[:3] == BEFORE
+    assert plays.index("Install") < plays.index("Verify") < plays.index("Activate")
+
+
+def test_planning_builds_and_installs_nothing() -> None:
+    plays = [play for name in ("plan.yml", "fetch.yml") for play in plays_of(ROOT / "playbooks" / name)]
+    entered = {role for play in plays for role in roles_of(play)}
+    assert ("jetson_platform", "fetch.yml") in entered
+    assert {role for role, _entry in entered} == {"jetson_platform", "wheelhouse"}
+    assert ("wheelhouse", "build.yml") not in entered
 
 
 # The guards themselves: each must see what it is there for.

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.jetson.mamba.plugins.module_utils import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path for path in (ROOT / "roles").iterdir() if (path / "tasks" / "main.yml").exists())
 OUTCOMES = {
     *("jetson_platform", "cuda_env", "torch_jetpack", "causal_conv1d", "mamba_ssm", "sitecustomize"),
-    *("source_patches", "kernel_smoke_tests"),
+    *("source_patches", "kernel_smoke_tests", "debian_packages", "wheelhouse"),
 }
 by_role = pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
 
@@ -56,6 +57,22 @@ def test_defaults_equal_the_argument_spec(role: Path) -> None:
 def test_every_option_is_described_and_typed(role: Path) -> None:
     bare = [name for name, option in options(role).items() if not option.get("description") or not option.get("type")]
     assert not bare
+
+
+def test_each_outcome_of_a_plan_is_a_role() -> None:
+    """playbooks/tasks/install.yml enters a role by the name of the outcome, in the order of the plan."""
+    assert set(plan.OUTCOMES) <= {role.name for role in ROLES}
+    tasks = load(ROOT / "playbooks" / "tasks" / "install.yml")
+    entered = [task["ansible.builtin.include_role"]["name"] for task in tasks]
+    assert entered == [name for name in plan.OUTCOMES if name != "jetson_platform"]
+    assert [task["when"] for task in tasks] == [f"'{name}' in jetson_platform_plan.outcomes" for name in entered]
+
+
+def test_a_builder_gets_what_building_needs_in_the_order_of_the_plan() -> None:
+    """Beside the wheels: what plan.FOR_BUILDING names is what a host that only builds has work for."""
+    tasks = load(ROOT / "playbooks" / "tasks" / "build_here.yml")
+    entered = [task["ansible.builtin.include_role"]["name"] for task in tasks]
+    assert entered == [*plan.FOR_BUILDING, "wheelhouse"]
 
 
 @by_role

@@ -6,12 +6,10 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ import pytest
 from ansible_collections.jetson.mamba.plugins.module_utils import build
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
+from tests.unit.plugins.wheel_kit import container, entry, make_elf, make_wheel
+
 KEY = "ab" * 32
-MACHINE = {"x86_64": 62, "aarch64": 183}
 
 
 def request(root: Path, **more: Any) -> build.Request:
@@ -386,56 +385,30 @@ def test_nothing_leads_out_of_a_source(members: list[tuple[tarfile.TarInfo, byte
 
 # ---------------------------------------------------------------- wheel
 
-
-def _wheel(folder: Path, machine: str = "aarch64", tag: str = "cp310-cp310-linux_aarch64", version: str = "2.2.4",
-           module: str = "selective_scan_cuda") -> str:
-    header = b"\x7fELF\x02\x01\x01" + b"\0" * 9 + struct.pack("<HH", 3, MACHINE.get(machine, 0)) + b"\0" * 44
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"mamba_ssm-{version}-cp310-cp310-linux_aarch64.whl"
-    with zipfile.ZipFile(path, "w") as handle:
-        handle.writestr(f"mamba_ssm-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
-        handle.writestr(f"mamba_ssm-{version}.dist-info/METADATA", f"Name: mamba-ssm\nVersion: {version}\n")
-        handle.writestr(f"{module}.cpython-310-aarch64-linux-gnu.so", header if machine else b"text")
-    return str(path)
+ABI = "cp{}{}".format(*sys.version_info[:2])
 
 
-def inspect(path: str, machine: str = "aarch64") -> dict[str, Any]:
-    return build.inspect_wheel(path, "mamba_ssm", "2.2.4", ("selective_scan_cuda",), machine)
-
-
-def test_a_good_wheel_is_described(tmp_path: Path) -> None:
-    found = inspect(_wheel(tmp_path))
-    assert found["libraries"] == {"selective_scan_cuda.cpython-310-aarch64-linux-gnu.so": "aarch64"}
-    assert found["tags"] == ["cp310-cp310-linux_aarch64"] and found["version"] == "2.2.4" and len(found["sha256"]) == 64
-
-
-@pytest.mark.parametrize(
-    ("wheel", "message"),
-    [
-        ({"machine": "x86_64", "tag": "cp310-cp310-linux_x86_64"}, "is for x86_64"),
-        ({"machine": "x86_64"}, "is for x86_64"),
-        ({"machine": ""}, "no ELF file"),
-        ({"tag": "cp310-cp310-linux_x86_64"}, "has the tags"),
-        ({"version": "2.2.5"}, "says that it is mamba-ssm 2.2.5"),
-        ({"module": "other"}, "holds no extension selective_scan_cuda"),
-    ],
-)
-def test_a_wheel_that_does_not_fit_is_refused(wheel: dict[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(Problem, match=message):
-        inspect(_wheel(tmp_path, **wheel))
+def _finished(folder: Path, gpu: bytes = b"", machine: str = "aarch64", version: str = "2.2.4", **more: Any) -> Path:
+    """Make a job that is done, with a wheel for this interpreter that says it is for aarch64."""
+    soabi = f"cpython-{ABI[2:]}-aarch64-linux-gnu"
+    wheel = folder / "wheel"
+    wheel.mkdir(parents=True)
+    (folder / "job.json").write_text("{}")
+    (folder / "rc.json").write_text(json.dumps({"rc": 0, "seconds": 5.0, "ended_at": 1700000000}))
+    files = {f"selective_scan_cuda.{soabi}.so": make_elf(machine, glibc=["GLIBC_2.17"], gpu=gpu)}
+    return make_wheel(wheel, "mamba_ssm", version, f"{ABI}-{ABI}-linux_aarch64", files=files, **more)
 
 
 def test_a_finished_job_is_kept_until_its_wheel_changes(tmp_path: Path) -> None:
     wanted = request(tmp_path)
     folder = Path(wanted.folder)
-    path = _wheel(folder / "wheel")
-    (folder / "job.json").write_text("{}")
-    (folder / "rc.json").write_text(json.dumps({"rc": 0, "seconds": 5.0, "ended_at": 1700000000}))
+    path = _finished(folder)
     found = build.result(wanted, "aarch64")
-    assert found["seconds"] == 5.0 and found["built_at"] == "2023-11-14T22:13:20Z" and found["cubins"] is None
-    (folder / "src").mkdir()
-    build.clean_up(str(folder))
-    assert not (folder / "src").exists()
+    assert found["seconds"] == 5.0 and found["built_at"] == "2023-11-14T22:13:20Z" and found["cubins"] == []
+    assert found["tags"] == [f"{ABI}-{ABI}-linux_aarch64"] and found["version"] == "2.2.4"
+    assert list(found["libraries"].values()) == ["aarch64"] and len(found["sha256"]) == 64
+    assert json.loads((folder / "result.json").read_text()) == found
+    assert not list((folder / "tmp").iterdir())
     assert build.is_finished(wanted)
     assert build.start(wanted, None) == {
         "state": "done", "started": False, "resumed": False, "upload": f"{folder}/source.tar",
@@ -446,17 +419,48 @@ def test_a_finished_job_is_kept_until_its_wheel_changes(tmp_path: Path) -> None:
     assert build.start(wanted, None)["state"] == "needs_source"
 
 
-def test_code_for_another_gpu_is_named(tmp_path: Path) -> None:
-    cuda = tmp_path / "cuda"
-    tool = cuda / "bin" / "cuobjdump"
-    tool.parent.mkdir(parents=True)
-    tool.write_text("#!/bin/sh\necho 'ELF file    1: x.1.sm_72.cubin'\necho 'ELF file    2: x.2.sm_90a.cubin'\n")
-    tool.chmod(0o755)
-    wanted = request(tmp_path, sm="87", cuda_home=str(cuda))
-    folder = Path(wanted.folder)
-    path = _wheel(folder / "wheel")
-    (folder / "job.json").write_text("{}")
-    (folder / "rc.json").write_text('{"rc": 0}')
-    assert build.list_cubins(path, wanted.modules, str(cuda)) == ["72", "90a"]
-    with pytest.raises(Problem, match="GPU code for sm_72, sm_90a"):
+@pytest.mark.parametrize(
+    ("wheel", "sm", "message"),
+    [
+        ({"machine": "x86_64", "inside_tag": f"{ABI}-{ABI}-linux_x86_64"}, "cpu", "WHEEL file says .* is for x86_64"),
+        ({"version": "2.2.5"}, "cpu", "by its name it is mamba_ssm 2.2.5"),
+        ({"record": lambda text: text.replace("sha256=", "sha256=x")}, "cpu", "differs from its RECORD hash"),
+        ({"gpu": container(entry(72), entry(90, flags=0x100011))}, "87", "code for sm_72, sm_90a, not for sm_87"),
+        ({"gpu": container(entry(87))}, "cpu", "this class has no GPU"),
+        ({}, "87", "no GPU code at all"),
+    ],
+)
+def test_a_wheel_that_does_not_fit_is_refused(wheel: dict[str, Any], sm: str, message: str, tmp_path: Path) -> None:
+    wanted = request(tmp_path, sm=sm)
+    _finished(Path(wanted.folder), **wheel)
+    with pytest.raises(Problem, match=message) as refusal:
         build.result(wanted, "aarch64")
+    assert f"{wanted.folder}/log" in refusal.value.next_step
+    assert not Path(wanted.folder, "result.json").exists()
+
+
+def test_code_for_the_gpu_is_listed_without_the_toolkit(tmp_path: Path) -> None:
+    wanted = request(tmp_path, sm="87")
+    _finished(Path(wanted.folder), gpu=container(entry(87), entry(90, flags=0x100011)))
+    found = build.result(wanted, "aarch64")
+    assert found["cubins"] == ["87", "90a"] and "sm_90a" in found["warnings"][0] and found["needed"] == []
+
+
+def test_an_interpreter_that_is_gone_is_named(tmp_path: Path) -> None:
+    wanted = request(tmp_path, python="/nowhere/python")
+    _finished(Path(wanted.folder))
+    with pytest.raises(Problem, match="/nowhere/python does not run"):
+        build.result(wanted, "aarch64")
+
+
+def test_a_job_is_discarded_whole_unless_it_runs(job: Any, tmp_path: Path) -> None:
+    begin, wanted = job
+    gate = tmp_path / "gate"
+    begin(f"import os,time\nwhile not os.path.exists({str(gate)!r}): time.sleep(.05)")
+    with pytest.raises(Problem, match="is running"):
+        build.discard(wanted.folder)
+    gate.touch()
+    wait_for(wanted.folder, "done")
+    build.discard(wanted.folder)
+    assert not os.path.exists(wanted.folder)
+    build.discard(wanted.folder)

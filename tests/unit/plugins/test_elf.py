@@ -1,13 +1,20 @@
-"""The machine of ELF files."""
+"""ELF files, read by the standard library: what they are for and what they ask for."""
 
 from __future__ import annotations
 
+import io
+import random
+import shutil
 import struct
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from ansible_collections.jetson.mamba.plugins.module_utils import elf
+from ansible_collections.jetson.mamba.plugins.module_utils import elf, fatbin
+
+from tests.unit.plugins.wheel_kit import container, entry, make_elf
 
 
 def header(machine: int, big: bool = False) -> bytes:
@@ -51,3 +58,154 @@ def test_find_foreign_names_only_libraries_of_another_machine(tmp_path: Path) ->
     ]
     assert {(row["found"], row["expected"]) for row in found} == {("x86_64", "aarch64")}
     assert elf.find_foreign(str(tmp_path / "absent"), "aarch64") == []
+
+
+# ---------------------------------------------------------------- what a library asks for
+
+
+def write(tmp_path: Path, data: bytes) -> str:
+    path = tmp_path / "x.so"
+    path.write_bytes(data)
+    return str(path)
+
+
+def test_every_fact_of_a_library(tmp_path: Path) -> None:
+    gpu = container(entry(87))
+    data = make_elf(
+        needed=["libc10.so", "libcudart.so.12"],
+        glibc=["GLIBC_2.9", "GLIBC_2.17", "GLIBC_PRIVATE", "GLIBCXX_3.4.30"],
+        undefined=["_ZN3c106detail14torchCheckFailEPKcS2_jRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"],
+        gpu=gpu,
+        soname="own.so",
+        runpath="$ORIGIN/torch/lib:/opt/x",
+    )
+    assert elf.read_facts(write(tmp_path, data)) == {
+        "machine": "aarch64",
+        "needed": ["libc10.so", "libcudart.so.12"],
+        "soname": "own.so",
+        "runpath": ["$ORIGIN/torch/lib", "/opt/x"],
+        "glibc": "2.17",
+        "cxx11": True,
+        "fatbins": [(data.index(gpu), len(gpu))],
+    }
+
+
+def test_what_is_no_library_of_this_kind(tmp_path: Path) -> None:
+    assert elf.read_facts(write(tmp_path, b"INPUT(libm.so.6)"))["machine"] is None
+    whole = make_elf()
+    small = bytearray(whole)
+    small[4] = 1
+    assert elf.read_facts(write(tmp_path, bytes(small))) == {
+        "machine": "aarch64", "needed": [], "soname": None, "runpath": [], "glibc": None, "cxx11": None, "fatbins": [],
+    }
+    stripped = bytearray(whole)
+    struct.pack_into("<Q", stripped, 40, 0)
+    found = elf.read_facts(write(tmp_path, bytes(stripped)))
+    assert found["fatbins"] is None and found["needed"] == ["libc10.so", "libc.so.6"] and found["glibc"] == "2.34"
+
+
+@pytest.mark.parametrize(
+    ("offset", "code", "value", "words"),
+    [
+        (32, "<Q", 2**63, "program headers reach"),
+        (40, "<Q", 2**64 - 1, "section headers reach"),
+        (54, "<H", 1, "1 bytes each"),
+        (58, "<H", 32, "32 bytes each"),
+        (62, "<H", 200, "have no names"),
+        (64 + 32, "<Q", 2**40, "it is cut off"),
+        (64 + 56 + 32, "<Q", 2**50, "dynamic entries reach"),
+    ],
+)
+def test_headers_that_mislead_are_refused(tmp_path: Path, offset: int, code: str, value: int, words: str) -> None:
+    data = bytearray(make_elf())
+    struct.pack_into(code, data, offset, value)
+    with pytest.raises(ValueError, match=words):
+        elf.read_facts(write(tmp_path, bytes(data)))
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    data = make_elf(gpu=container(entry(87)))
+    for size in (20, 63, 64, 100, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError):
+            elf.read_facts(write(tmp_path, data[:size]))
+
+
+def test_no_damage_makes_it_hang_or_fail_otherwise(tmp_path: Path) -> None:
+    chance = random.Random(183)
+    whole = make_elf(gpu=container(entry(87)), undefined=["_ZN3c101aESs"], soname="x.so")
+    tables = whole.index(b"\0libc10.so")
+    began = time.monotonic()
+    for number in range(1500):
+        data = bytearray(whole)
+        for _change in range(chance.randint(1, 4)):
+            # every other time in the headers alone, which are short
+            place = chance.randrange(16, tables) if number % 2 else chance.randrange(16, len(data))
+            data[place] = chance.choice((0, 1, 0x7F, 0xFF, chance.randrange(256)))
+        try:
+            elf.read_facts(write(tmp_path, bytes(data)))
+        except ValueError:
+            continue
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (["GLIBC_2.9", "GLIBC_2.17"], "2.17"),
+        (["GLIBC_2.2.5"], "2.2.5"),
+        (["GLIBC_PRIVATE", "GLIBC_9" * 900, "GCC_3.0"], None),
+        (["GLIBC_2.34", "GLIBC_ABI_DT_RELR"], "2.36"),
+        ([], None),
+    ],
+)
+def test_newest_glibc(names: list[str], newest: str | None) -> None:
+    assert elf.newest_glibc(names) == newest
+
+
+@pytest.mark.parametrize(
+    ("undefined", "cxx11"),
+    [
+        ([b"_ZN3c105ErrorC1ENS_14SourceLocationESs"], False),
+        ([b"_ZN3c106detail14torchCheckFailEPKcS2_jRKSs"], False),
+        ([b"_ZN3c105ErrorC2ENS_14SourceLocationENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"], True),
+        # identifiers with the letters Ss, and libstdc++'s own names, say nothing
+        ([b"_ZN2at10ClassSsFooEv", b"_ZN3c104warnERA33_K7ProcSsX", b"_ZNSt12logic_errorC1ERKSs"], None),
+        ([b"_ZN3c101aESs", b"_ZN3c101bENSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"], None),
+        ([], None),
+    ],
+)
+def test_string_abi(undefined: list[bytes], cxx11: bool | None) -> None:
+    assert elf.string_abi(undefined) is cxx11
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler makes the library")
+@pytest.mark.parametrize("cxx11", [True, False])
+def test_string_abi_of_a_real_compiler(tmp_path: Path, cxx11: bool) -> None:
+    source = tmp_path / "a.cpp"
+    source.write_text(
+        "#include <string>\nnamespace c10 { void f(int, const std::string &, const char (&)[33]); }\n"
+        "void g() { static const char x[33] = {}; c10::f(1, \"x\", x); }\n"
+    )
+    library = tmp_path / "a.so"
+    define = f"-D_GLIBCXX_USE_CXX11_ABI={int(cxx11)}"
+    subprocess.run(["g++", "-shared", "-fPIC", define, "-o", str(library), str(source)], check=True)
+    assert elf.read_facts(str(library))["cxx11"] is cxx11
+
+
+def test_a_large_library_is_not_read_whole(tmp_path: Path) -> None:
+    data = make_elf(gpu=container(*[entry(87, payload=1 << 20)] * 50))
+    path = write(tmp_path, data)
+    read = 0
+
+    class Counted(io.FileIO):
+        def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+            nonlocal read
+            part = super().read(size)
+            read += len(part or b"")
+            return part or b""
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (elf, fatbin):
+            patch.setattr(module, "open", lambda name, mode: Counted(name, mode), raising=False)
+        assert fatbin.architectures(path)["87"]["cubins"] == 50
+    assert len(data) > 50 << 20 and 0 < read < 1 << 20

@@ -13,7 +13,7 @@ from ansible import context
 from ansible_collections.jetson.mamba.plugins.callback import fleet_report
 from ansible_collections.jetson.mamba.plugins.plugin_utils import report as text
 
-PLAN = {
+PLAN: dict[str, Any] = {
     "schema": 1,
     "outcomes": ["causal_conv1d", "mamba_ssm"],
     "problems": [],
@@ -75,6 +75,78 @@ def test_plan_table_is_compact_and_complete() -> None:
         "         together       13   960",
         "  no work: orin2, orin3",
     ]
+
+
+def job(component: str = "mamba_ssm", hosts: Sequence[str] = ("orin1",), **more: Any) -> dict[str, Any]:
+    versions = {"mamba_ssm": "2.2.4", "causal_conv1d": "1.6.0"}
+    return {
+        "component": component,
+        "version": versions[component],
+        "minutes": 25,
+        "disk_mb": 700,
+        "hosts": list(hosts),
+        "reasons": [],
+        **more,
+    }
+
+
+def test_plan_names_who_builds_what_for_whom_and_where_wheels_come_from() -> None:
+    choices: dict[str, Any] = {
+        "orin1": {"builds": [job(hosts=["orin1", "orin2"])], "waits": {"mamba_ssm": "built on orin1"}},
+        "orin2": {"builds": [], "waits": {"mamba_ssm": "built on orin1", "causal_conv1d": "folder /archive"}},
+    }
+    assert text.plan_table({"orin1": dict(PLAN, work=PLAN["work"][1:]), "orin2": PLAN}, choices) == [
+        "PLAN",
+        "  host   outcome        min  MB   reason",
+        "  orin1  mamba_ssm      0.5  60   2.2.3 found, 2.2.4 wanted; wheel built on orin1",
+        "         wheelhouse     25   700  build: mamba_ssm 2.2.4 for orin1, orin2",
+        "         together       26   760",
+        "  orin2  causal_conv1d  12   900  build 1.6.0: no wheel in the wheelhouse; wheel folder /archive",
+        "         mamba_ssm      0.5  60   2.2.3 found, 2.2.4 wanted; wheel built on orin1",
+        "         together       13   960",
+    ]
+
+
+def test_plan_says_why_something_is_built_anew() -> None:
+    reasons = ["wheelhouse: x.whl has sha256 0, the manifest says 1", "folder /a: no wheel"]
+    lines = text.plan_table({"orin1": IDLE}, {"orin1": {"builds": [job(reasons=reasons)]}})
+    assert lines[-1].endswith("for orin1; wheelhouse: x.whl has sha256 0, the manifest says 1; folder /a: no wheel")
+
+
+def test_plan_of_a_large_fleet_counts_the_hosts_that_wait() -> None:
+    (line,) = text.plan_table({"a": IDLE}, {"a": {"builds": [job(hosts=[f"h{number}" for number in range(20)])]}})[2:]
+    assert line.endswith("for h0, h1, h2 and 17 more")
+    (line,) = text.plan_table({"a": IDLE}, {"a": {"builds": [job(hosts=["x", "y", "z"])]}})[2:]
+    assert line.endswith("for x, y, z")
+
+
+def test_plan_of_a_dedicated_builder() -> None:
+    big = dict(PLAN, builder_only=True, work=PLAN["work"][:1])
+    choices: dict[str, Any] = {"big": {"builds": [], "waits": {}}, "orin1": {"builds": [], "waits": {}}}
+    plans = {"big": big, "orin1": IDLE}
+    assert text.plan_table(plans, choices) == ["PLAN", "  no work: big, orin1"], "not needed, so it is left alone"
+    choices["big"]["builds"] = [job("causal_conv1d"), job()]
+    lines = text.plan_table(plans, choices)
+    assert lines[2].startswith("  big   causal_conv1d") and lines[-1] == "  no work: orin1"
+    assert [line.split()[0] for line in lines[3:6]] == ["wheelhouse", "wheelhouse", "together"]
+
+
+def test_a_host_whose_environment_is_there_and_that_builds_is_no_idle_one() -> None:
+    lines = text.plan_table({"a": dict(IDLE, outcomes=["activation"])}, {"a": {"builds": [job()]}})
+    assert not any("no work" in line for line in lines) and "  a     wheelhouse  25   700" in lines[2]
+
+
+def test_plan_without_choices_is_what_it_was() -> None:
+    useless: list[Any] = [None, {}, {"orin1": {}}, {"another": {"builds": [job()]}}]
+    for choices in useless:
+        assert text.plan_table({"orin1": PLAN}, choices) == text.plan_table({"orin1": PLAN})
+
+
+def test_hostile_choice_prints_no_escape() -> None:
+    bad = "x\x1b[2J\n"
+    choice = {"builds": [job(hosts=[bad], reasons=[bad], version=bad)], "waits": {"mamba_ssm": bad}}
+    lines = text.plan_table({"orin1": PLAN}, {"orin1": choice})
+    assert "\x1b" not in "".join(lines) and not any("\n" in line for line in lines)
 
 
 def test_plan_with_only_an_activation_is_work() -> None:
@@ -266,6 +338,60 @@ def test_plan_is_printed_once_when_the_next_task_starts(callback: fleet_report.C
     callback.v2_playbook_on_task_start(None)
     assert shown(callback).count("PLAN") == 1
     assert "no work: a" in shown(callback) and "b     causal_conv1d" in shown(callback)
+
+
+def chosen(kind: Any, host: str, hosts: Any, action: str = fleet_report.BUILDERS) -> Any:
+    """Return the result of the task that chooses builders."""
+    made = kind(host, "Choose", {"hosts": hosts})
+    task = SimpleNamespace(get_name=lambda: "Choose", action=action)
+    if kind is OldResult:
+        made._task = task
+    else:
+        made._parts = (made._parts[0], task, made._parts[2])
+    return made
+
+
+def task(action: str) -> Any:
+    return SimpleNamespace(action=action, get_name=lambda: action)
+
+
+@pytest.mark.parametrize("kind", [OldResult, NewResult])
+def test_plan_waits_for_the_choice_of_builders(callback: fleet_report.CallbackModule, kind: Any) -> None:
+    callback.v2_runner_on_ok(kind("a", "Plan", {"jetson_mamba_plan": PLAN}))
+    for action in ("set_fact", "include_role", "include_tasks"):
+        callback.v2_playbook_on_task_start(task(f"ansible.builtin.{action}"))
+    callback.v2_playbook_on_task_start(task(fleet_report.BUILDERS))
+    assert shown(callback) == ""
+    callback.v2_runner_on_ok(chosen(kind, "a", {"a": {"builds": [job()], "waits": {"mamba_ssm": "built on a"}}}))
+    callback.v2_playbook_on_task_start(task("ansible.builtin.fail"))
+    assert shown(callback) == ""
+    callback.v2_playbook_on_play_start(None)
+    callback.v2_playbook_on_task_start(task("ansible.builtin.apt"))
+    assert shown(callback).count("PLAN") == 1
+    assert "build: mamba_ssm 2.2.4 for orin1" in shown(callback) and "wheel built on a" in shown(callback)
+
+
+def test_plan_is_printed_before_the_first_work_where_no_play_ends(callback: fleet_report.CallbackModule) -> None:
+    callback.v2_runner_on_ok(NewResult("a", "Plan", {"jetson_mamba_plan": PLAN}))
+    callback.v2_playbook_on_task_start(task("ansible.builtin.set_fact"))
+    assert shown(callback) == ""
+    callback.v2_playbook_on_task_start(task("jetson.mamba.fetch_artefacts"))
+    assert shown(callback).count("PLAN") == 1
+
+
+def test_plan_is_printed_where_the_choice_fails_for_all(callback: fleet_report.CallbackModule) -> None:
+    callback.v2_runner_on_ok(NewResult("a", "Plan", {"jetson_mamba_plan": PLAN}))
+    callback.v2_playbook_on_task_start(task(fleet_report.BUILDERS))
+    callback.v2_runner_on_failed(chosen(NewResult, "a", None))
+    callback.v2_playbook_on_stats(Stats(["a"], failures=["a"]))
+    assert shown(callback).count("PLAN") == 1 and "failed before verification at task 'Choose'" in shown(callback)
+
+
+def test_hosts_in_another_tasks_result_choose_nobody(callback: fleet_report.CallbackModule) -> None:
+    callback.v2_runner_on_ok(NewResult("a", "Plan", {"jetson_mamba_plan": PLAN}))
+    callback.v2_runner_on_ok(chosen(NewResult, "a", {"a": {"builds": [job()]}}, "ansible.builtin.debug"))
+    callback.v2_playbook_on_play_start(None)
+    assert "build: mamba_ssm" not in shown(callback)
 
 
 def test_plan_of_a_run_that_only_verifies_is_not_printed(callback: fleet_report.CallbackModule) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.jetson.mamba.plugins.module_utils import plan
+from ansible_collections.jetson.mamba.plugins.module_utils import inspection, plan
 
 DATA = Path(__file__).parents[3] / "collections/ansible_collections/jetson/mamba/plugins/data"
 ROWS = yaml.safe_load((DATA / "platforms.yml").read_text())["platforms"]
@@ -68,7 +68,8 @@ def orin(**changes: Any) -> dict[str, Any]:
     return state
 
 
-NEEDS = {"disk_mb": {"root": 6000, "build": 2000, "tmp": 1000}, "build_memory_mb": {"mamba_ssm": 2500}, "libraries": {}}
+NEEDS = {"disk_mb": {"root": 6000, "tmp": 1000, "user": 0}}
+BUILD_NEEDS = {"disk_mb": {"root": 6000, "build": 2000, "tmp": 1000, "user": 0}, "memory_mb": 2500}
 WORK = [{"outcome": "torch_jetpack"}, {"outcome": "mamba_ssm"}]
 
 
@@ -137,23 +138,15 @@ def test_a_healthy_device_has_no_problem() -> None:
     ("changes", "found", "next_step"),
     [
         ({"interpreters": []}, "no python3", "python3.10"),
-        ({"tools.g++": None}, "no g++", "build-essential"),
-        ({"tools.patch": None}, "no patch", "apt-get install patch"),
         ({"cuda.toolkits": []}, "none under /usr/local", "cuda-toolkit-12-6"),
         (
             {"cuda.toolkits": [{"path": "/usr/local/cuda-12.2", "version": "12.2.140", "nvcc": True}]},
             "12.2.140",
             "cuda_env_install=true",
         ),
-        (
-            {"cuda.toolkits": [{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": False}]},
-            "bin/nvcc",
-            "cuda-nvcc-12-6",
-        ),
         ({"disk.root.free_mb": 5999}, "5999 MB free", "jetson_platform_root"),
-        ({"disk.build.free_mb": 10}, "10 MB free", "jetson_platform_build_root"),
         ({"disk.tmp.read_only": True}, "read-only", "jetson_platform_tmp_root"),
-        ({"memory.available_mb": 2499}, "2499 MB of memory", "swap"),
+        ({"memory.available_mb": 699}, "699 MB of memory", "swap"),
         ({"clock": 3 * 86400}, "3 days after 1970", "timedatectl"),
     ],
 )
@@ -166,11 +159,14 @@ def test_each_problem_is_named(changes: dict[str, Any], found: str, next_step: s
 
 def test_folders_on_one_file_system_share_its_room() -> None:
     one = {f"disk.{name}.device": 7 for name in ("root", "build", "tmp", "user")}
-    room = {f"disk.{name}.free_mb": 8999 for name in ("root", "build", "tmp", "user")}
+    room = {f"disk.{name}.free_mb": 6999 for name in ("root", "build", "tmp", "user")}
     (problem,) = problems(**one, **room)
-    assert "8999 MB free" in problem["found"]
-    assert "9000 MB" in problem["expected"]
-    assert problems(**one, **dict.fromkeys(room, 9000)) == []
+    assert "6999 MB free" in problem["found"]
+    assert "7000 MB" in problem["expected"]
+    assert problems(**one, **dict.fromkeys(room, 7000)) == []
+    (problem,) = unfit(**one, **dict.fromkeys(room, 8999))
+    assert "9000 MB" in problem["expected"], "a builder needs the environment and the room to build"
+    assert unfit(**one, **dict.fromkeys(room, 9000)) == []
 
 
 def test_somebody_elses_folder_is_refused() -> None:
@@ -209,20 +205,109 @@ def test_verification_takes_the_active_environment_where_the_wanted_one_is_absen
 
 
 def test_all_problems_come_at_once() -> None:
-    found = problems(interpreters=[], clock=0, **{"tools.patch": None, "cuda.toolkits": []})
-    assert len(found) == 4
+    found = problems(interpreters=[], clock=0, **{"cuda.toolkits": [], "disk.root.free_mb": 1})
+    assert [item["outcome"] for item in found] == ["torch_jetpack", "cuda_env", "torch_jetpack", "jetson_platform"]
 
 
 def test_swap_counts_and_zram_does_not() -> None:
     assert problems(**{"memory.available_mb": 500, "memory.swap_free_mb": 2500}) == []
+    assert unfit(**{"memory.available_mb": 500, "memory.swap_free_mb": 2000}) == []
+    assert unfit(**{"memory.available_mb": 500, "memory.zram_free_mb": 9000})
 
 
-def test_missing_libraries_are_named_with_their_packages() -> None:
-    needs = {**NEEDS, "libraries": {"libcusparseLt.so.0": "libcusparselt0", "libopenblas.so.0": "libopenblas0"}}
-    (problem,) = plan.find_problems(ROW, orin(), SETTINGS, needs, WORK)
-    assert "libcusparseLt.so.0" in problem["found"]
-    assert "libopenblas" not in problem["found"]
-    assert "libcusparselt0" in problem["next"]
+# --- builders ---
+
+
+def unfit(settings: Any = None, row: Any = None, **changes: Any) -> list[dict[str, str]]:
+    return plan.builder_problems(row or ROW, orin(**changes), settings or SETTINGS, BUILD_NEEDS, "mamba_ssm")
+
+
+NO_NVCC = {"cuda.toolkits": [{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": False}]}
+
+
+def test_a_healthy_device_can_build() -> None:
+    assert unfit() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "next_step"),
+    [
+        (NO_NVCC, "no bin/nvcc in /usr/local/cuda-12.6", "cuda-nvcc-12-6"),
+        ({"disk.build.free_mb": 1999}, "1999 MB free", "jetson_platform_build_root"),
+        ({"disk.build.read_only": True}, "read-only", "jetson_platform_build_root"),
+        ({"disk.root.free_mb": 5999}, "5999 MB free", "jetson_platform_root"),
+        ({"memory.available_mb": 2499}, "2499 MB of memory", "swap"),
+    ],
+)
+def test_what_a_build_alone_needs_makes_a_builder_unfit(changes: dict[str, Any], found: str, next_step: str) -> None:
+    (problem,) = unfit(**changes)
+    assert found in problem["found"] and next_step in problem["next"]
+    assert problem["outcome"] == "mamba_ssm", "what cannot be built, not what lacks"
+    assert {*problem} == {"outcome", "found", "expected", "next"}
+
+
+@pytest.mark.parametrize("changes", [NO_NVCC, {"disk.build.free_mb": 10}, {"memory.available_mb": 2499}])
+def test_what_a_build_alone_needs_forbids_no_installation(changes: dict[str, Any]) -> None:
+    assert problems(**changes) == []
+
+
+def test_everything_that_makes_a_builder_unfit_comes_at_once() -> None:
+    assert len(unfit(**NO_NVCC, **{"disk.build.free_mb": 1, "memory.available_mb": 1})) == 3
+
+
+def test_nvcc_is_wanted_of_those_alone_who_compile_for_a_gpu() -> None:
+    assert unfit(row={**ROW, "sm": "cpu"}, **NO_NVCC) == []
+    assert unfit(settings={**SETTINGS, "cuda_env_install": True}, **NO_NVCC) == [], "the run installs it"
+    (problem,) = unfit(settings={**SETTINGS, "cuda_env_home": "/usr/local/cuda-12.6"}, **NO_NVCC)
+    assert "nvcc" in problem["found"]
+
+
+# --- packages ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "use", "name", "why"),
+    [
+        ({"tools.gcc": None}, "run", "gcc", "Triton"),
+        ({"tools.patch": None}, "run", "patch", "patches"),
+        ({"tools.g++": None}, "build", "g++", "compiled"),
+    ],
+)
+def test_missing_tools_are_packages(changes: dict[str, Any], use: str, name: str, why: str) -> None:
+    found = plan.find_packages(ROW, orin(**changes), {})
+    ((only,), nothing) = (found[use], found["build" if use == "run" else "run"])
+    assert only["name"] == name and why in only["why"] and nothing == []
+
+
+def test_a_healthy_device_lacks_no_package() -> None:
+    assert plan.find_packages(ROW, orin(), {"libopenblas.so.0": "libopenblas0"}) == {"run": [], "build": []}
+
+
+def test_headers_are_those_of_the_platforms_python() -> None:
+    state = orin()
+    state["interpreters"][0]["headers"] = False
+    state["interpreters"].append({**state["interpreters"][0], "version": "3.12.3", "headers": True})
+    (package,) = plan.find_packages(ROW, state, {})["run"]
+    assert package["name"] == "python3.10-dev"
+    assert plan.find_packages({**ROW, "python": "3.12"}, state, {})["run"] == []
+    assert plan.find_packages(ROW, orin(interpreters=[]), {})["run"] == [], "that Python is a problem of its own"
+
+
+def test_missing_libraries_are_named_with_their_packages_once() -> None:
+    libraries = {"libcusparseLt.so.0": "libcusparselt0", "libopenblas.so.0": "libopenblas0", "x.so": "libcusparselt0"}
+    (package,) = plan.find_packages(ROW, orin(), libraries)["run"]
+    assert package["name"] == "libcusparselt0" and "libcusparseLt.so.0" in package["why"]
+
+
+def test_missing_packages_are_one_problem_where_the_run_may_install_none() -> None:
+    state = orin(**{"tools.gcc": None, "tools.patch": None})
+    missing = plan.find_packages(ROW, state, {"libcusparseLt.so.0": "libcusparselt0"})["run"]
+    (problem,) = plan.package_problems(missing, "debian_packages")
+    assert problem["outcome"] == "debian_packages"
+    assert "sudo apt-get install gcc patch libcusparselt0," in problem["next"]
+    assert all(word in problem["found"] for word in ("gcc (", "patch (", "libcusparseLt.so.0"))
+    assert "debian_packages_source" in problem["expected"] and "debian_packages_source" in problem["next"]
+    assert plan.package_problems([], "debian_packages") == []
 
 
 def test_a_device_without_work_needs_no_disk_and_no_memory() -> None:
@@ -239,14 +324,54 @@ def test_the_user_site_of_a_managed_python_is_refused() -> None:
 
 
 def test_the_class_ignores_the_l4t_release() -> None:
-    first = plan.class_id(ROW, orin(), "2.5.0")
-    assert first == plan.class_id(ROW, orin(**{"l4t.release": "36.4.4"}), "2.5.0")
+    first = plan.class_id(ROW, orin(), "2.5.0", "12.6")
+    assert first == plan.class_id(ROW, orin(**{"l4t.release": "36.4.4"}), "2.5.0", "12.6")
     assert first == "aarch64-glibc2.35-cu12.6-cp310-torch2.5.0-cxx11-sm87"
-    other = next(row for row in ROWS if row["id"] == "jetpack-6.0")
-    assert first != plan.class_id(other, orin(), "2.5.0")
+
+
+@pytest.mark.parametrize(
+    ("row", "state", "torch", "cuda", "part"),
+    [
+        ({}, {}, "2.5.0", "12.8", "-cu12.8-"),
+        ({}, {}, "2.5.0", "none", "-cunone-"),
+        ({}, {}, "2.6.0", "12.6", "-torch2.6.0-"),
+        ({}, {"glibc": "2.39"}, "2.5.0", "12.6", "-glibc2.39-"),
+        ({"python": "3.12"}, {}, "2.5.0", "12.6", "-cp312-"),
+        ({"machine": "x86_64"}, {}, "2.5.0", "12.6", "x86_64-"),
+        ({"cxx11_abi": False}, {}, "2.5.0", "12.6", "-cxx98-"),
+        ({"sm": "110"}, {}, "2.5.0", "12.6", "-sm110"),
+        ({"sm": "cpu"}, {}, "2.5.0", "12.6", "-cpu"),
+    ],
+)
+def test_the_class_follows_everything_that_a_binary_needs(
+    row: dict[str, Any], state: dict[str, Any], torch: str, cuda: str, part: str
+) -> None:
+    found = plan.class_id({**ROW, **row}, orin(**state), torch, cuda)
+    assert part in found and found != plan.class_id(ROW, orin(), "2.5.0", "12.6")
+
+
+def test_the_toolkit_of_the_class_is_the_one_that_is_compiled_with() -> None:
+    assert plan.wanted_cuda(ROW, SETTINGS) == "12.6"
+    assert plan.wanted_cuda(ROW, {**SETTINGS, "cuda_env_version": "12.8.61"}) == "12.8"
 
 
 # --- work ---
+
+
+def library(**changes: Any) -> dict[str, Any]:
+    """Return what the survey reports of an extension for Orin."""
+    return {
+        "machine": "aarch64",
+        "needed": ["libc10.so", "libc.so.6"],
+        "soname": None,
+        "runpath": [],
+        "glibc": "2.34",
+        "cxx11": None,
+        "archs": {"87": {"cubins": 3, "ptx": 0, "bytes": 1000}},
+        "fault": None,
+        **changes,
+    }
+
 
 WANTED: dict[str, Any] = {
     "files": {"/etc/profile.d/x.sh": "a" * 64},
@@ -259,6 +384,14 @@ WANTED: dict[str, Any] = {
         "causal_conv1d": {"version": "1.6.0", "key": "k1", "minutes": 30, "disk_mb": 500},
         "mamba_ssm": {"version": "2.2.4", "key": "k2", "minutes": 60, "disk_mb": 900},
     },
+    "expectations": {
+        name: inspection.Expectation("aarch64", "3.10", "2.35", "87", name, version, (module,))
+        for name, version, module in (
+            ("causal_conv1d", "1.6.0", "causal_conv1d_cuda"),
+            ("mamba_ssm", "2.2.4", "selective_scan_cuda"),
+        )
+    },
+    "packages": [],
     "shim": {"shim.pth": "b" * 64},
     "patches": {
         "mamba_ssm": {"mamba_ssm/x.py": {"final": "f" * 64, "pristine": "p" * 64, "known": ["f" * 64, "p" * 64]}}
@@ -281,6 +414,13 @@ DONE: dict[str, Any] = {
     "records": {"causal_conv1d": {"key": "k1"}, "mamba_ssm": {"key": "k2"}},
     "files": {"shim.pth": "b" * 64, "mamba_ssm/x.py": "f" * 64},
     "torch": {"version": "2.5.0a0+872d972e41.nv24.08"},
+    "inspection": {
+        name: {"name": name, "version": version, "libraries": {f"{module}.so": library()}}
+        for name, version, module in (
+            ("causal_conv1d", "1.6.0", "causal_conv1d_cuda"),
+            ("mamba_ssm", "2.2.4", "selective_scan_cuda"),
+        )
+    },
 }
 
 
@@ -303,8 +443,10 @@ def work(state: dict[str, Any], wanted: dict[str, Any] | None = None) -> dict[st
 
 
 def test_a_bare_device_has_all_the_work_in_order() -> None:
-    found = work(orin())
+    packages = [{"name": "gcc", "why": "x"}, {"name": "libopenblas0", "why": "y"}]
+    found = work(orin(), {**WANTED, "packages": packages})
     assert list(found) == [name for name in plan.OUTCOMES if name != "jetson_platform"]
+    assert found["debian_packages"] == "missing: gcc, libopenblas0"
     assert found["torch_jetpack"] == "no environment for this selection"
 
 
@@ -323,13 +465,33 @@ def test_a_provisioned_device_has_none() -> None:
         ({"packages|causal_conv1d|damage": "x differs"}, "causal_conv1d", "damaged: x differs"),
         ({"records|causal_conv1d": None}, "causal_conv1d", "no record"),
         ({"records|causal_conv1d|key": "old"}, "causal_conv1d", "other inputs"),
+        (
+            {"inspection|mamba_ssm|libraries": {"selective_scan_cuda.so": library(machine="x86_64")}},
+            "mamba_ssm",
+            "x86_64",
+        ),
+        (
+            {"inspection|mamba_ssm|libraries": {"selective_scan_cuda.so": library(glibc="2.38")}},
+            "mamba_ssm",
+            "asks for glibc 2.38, there is 2.35",
+        ),
+        (
+            {
+                "inspection|causal_conv1d|libraries": {
+                    "causal_conv1d_cuda.so": library(archs={"72": {"cubins": 1, "ptx": 0, "bytes": 9}})
+                }
+            },
+            "causal_conv1d",
+            "holds code for sm_72, not for sm_87",
+        ),
+        ({"inspection|causal_conv1d|libraries": {}}, "causal_conv1d", "holds no extension causal_conv1d_cuda"),
         ({"files|shim.pth": None}, "sitecustomize", "shim.pth is absent"),
         ({"files|mamba_ssm/x.py": "p" * 64}, "source_patches", "mamba_ssm/x.py"),
     ],
 )
 def test_each_difference_is_named(changes: dict[str, Any], outcome: str, reason: str) -> None:
     found = work(provisioned(**changes))
-    assert list(found) == [outcome]
+    assert list(found) == [outcome, *(["source_patches"] if outcome == "mamba_ssm" else [])]
     assert reason in found[outcome]
 
 
@@ -378,6 +540,19 @@ def test_a_lost_system_shim_and_a_stale_launcher_are_work() -> None:
     state["user_sites"]["/usr/bin/python3.10"] = state["environments"]["venvs"]["e1"]
     items = plan.find_work(state, PATHS, "user", launcher)
     assert [(item["outcome"], item["reason"]) for item in items] == [("torch_jetpack", "mamba-python is absent")]
+
+
+def test_installing_a_component_costs_no_build() -> None:
+    """Minutes and room of a build are the builder's."""
+    items = {item["outcome"]: item for item in plan.find_work(orin(), PATHS, "venv", WANTED)}
+    assert items["mamba_ssm"]["minutes"] < 1 and items["mamba_ssm"]["disk_mb"] <= 100
+    assert items["mamba_ssm"]["what"] == "install"
+
+
+def test_what_a_builder_needs_comes_before_what_it_builds() -> None:
+    place = [plan.OUTCOMES.index(name) for name in plan.FOR_BUILDING]
+    assert place == sorted(place) and max(place) < plan.OUTCOMES.index("causal_conv1d")
+    assert "mamba_ssm" not in plan.FOR_BUILDING
 
 
 def test_a_rebuilt_package_is_patched_again() -> None:

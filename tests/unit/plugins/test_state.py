@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.jetson.mamba.plugins.module_utils import state
+from ansible_collections.jetson.mamba.plugins.modules import device_state
 
 RELEASE = (
     "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic, EABI: aarch64, "
@@ -140,3 +143,23 @@ def test_collect_gives_json_of_a_bare_device(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["l4t"]["release"] == "36.4.7"
     assert found["environments"] == {"current": None, "venvs": {}}
+
+
+def test_the_module_takes_what_collect_takes() -> None:
+    taken = set(inspect.signature(state.collect).parameters) - {"top"}
+    assert taken == set(yaml.safe_load(device_state.DOCUMENTATION)["options"])
+
+
+def test_user_sites_are_looked_into_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "home/.local/lib/python3.10/site-packages"
+    name = "causal_conv1d_cuda.cpython-310-aarch64-linux-gnu.so"
+    put(site, name, b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00" + bytes(44))
+    facts = {"path": "/usr/bin/python3.10", "version": "3.10.12", "user_site": str(site)}
+    monkeypatch.setattr(state, "read_interpreters", lambda _top: [facts])
+    wanted = [{"package": "causal_conv1d", "modules": ["causal_conv1d_cuda"]}]
+    root = str(tmp_path / "root")
+    data = state.collect(root, root, root, scope="user", inspect=wanted, top=str(tmp_path))
+    found = data["user_sites"]["/usr/bin/python3.10"]["inspection"]
+    assert list(found) == ["causal_conv1d"] and found["causal_conv1d"]["libraries"][name]["machine"] == "x86_64"
+    without = state.collect(root, root, root, scope="user", top=str(tmp_path))
+    assert without["user_sites"]["/usr/bin/python3.10"]["inspection"] == {}

@@ -153,7 +153,8 @@ def printed() -> str:
 
 def test_missing_libraries_are_refused_with_their_packages(monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
     answer = ask(monkeypatch, printed, libraries=WANTED)
-    assert answer.failed and "apt-get install libcusparselt0 libopenblas0 " in answer.said["problem"]["next"]
+    assert answer.failed and "install libcusparselt0 libopenblas0 " in answer.said["problem"]["next"]
+    assert "debian_packages_source=controller" in answer.said["problem"]["next"]
     assert "libthere" not in answer.said["msg"]
 
 
@@ -165,6 +166,12 @@ def test_missing_libraries_that_are_not_required_are_named_only(monkeypatch: pyt
         "missing": ["libcusparseLt.so.0", "libopenblas.so.0"],
         "packages": ["libcusparselt0", "libopenblas0"],
     }
+
+
+def test_a_library_of_no_known_package_is_named_all_the_same(monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
+    answer = ask(monkeypatch, printed, libraries={"libcudart.so.12": ""})
+    assert answer.failed and "libcudart.so.12" in answer.said["msg"] and answer.said["packages"] == []
+    assert "install what brings them" in answer.said["problem"]["next"]
 
 
 def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
@@ -223,13 +230,13 @@ def test_a_bare_device_is_refused_after_the_fetch_and_before_any_change(
     assert (done.returncode == 0) == reaches
     assert ("skipping: [localhost]" in done.stdout) == reaches
     if not reaches:
-        assert "apt-get install libcudnn8" in done.stdout
+        assert "install libcudnn8" in done.stdout
 
 
-def test_only_packages_of_missing_libraries_are_installed_with_fresh_lists() -> None:
+def test_only_packages_of_missing_libraries_are_installed() -> None:
     find, install, require = yaml.safe_load((ROOT / "roles/torch_jetpack/tasks/libraries.yml").read_text("utf-8"))
-    assert find["jetson.mamba.shared_libraries"]["required"] == "{{ not torch_jetpack_install_libraries | bool }}"
-    apt = install["ansible.builtin.apt"]
-    assert apt["name"] == "{{ " + find["register"] + ".packages }}"
-    assert apt["update_cache"] is True and apt["state"] == "present"
+    assert find["jetson.mamba.shared_libraries"]["required"] is False
+    packages = install["jetson.mamba.debian_packages"]
+    assert packages["names"] == "{{ " + find["register"] + ".packages }}"
+    assert install["become"] is True and install["when"] == find["register"] + ".packages | length > 0"
     assert require["jetson.mamba.shared_libraries"].get("required", True)

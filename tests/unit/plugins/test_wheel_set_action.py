@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +11,10 @@ from typing import Any
 
 import pytest
 from ansible_collections.jetson.mamba.plugins.action import fetch_artefacts, wheel_set
-from ansible_collections.jetson.mamba.plugins.module_utils import wheels
-from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.module_utils import receive, wheels
 from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, transfer
+
+from tests.unit.plugins.fake_device import Receiving
 
 TARGET = {"machine": "aarch64", "python": "3.10", "glibc": "2.35"}
 X86 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00"
@@ -37,24 +34,24 @@ def make_wheel(folder: Path, name: str, tag: str = "py3-none-any", files: dict[s
     return path
 
 
-class Device(wheel_set.ActionModule):
+class Device(Receiving, wheel_set.ActionModule):
     """The action with a device that is a folder: its half runs here, and installing is unpacking."""
 
     def __init__(self, arguments: dict[str, Any], check: bool = False) -> None:
         self._task = SimpleNamespace(args=arguments, check_mode=check, async_val=0, action="wheel_set", diff=False)
-        self._connection = SimpleNamespace(_shell=SimpleNamespace(tmpdir=None), has_native_async=False)
+        self.begin()
         self.calls: list[str] = []
-        self.sent: list[str] = []
         self.rows: list[dict[str, Any]] = []
-        self.free_mb = 1000
         self.install_fails = False
 
     def _execute_module(self, *_positional: Any, **options: Any) -> dict[str, Any]:
         arguments = options["module_args"]
+        if options["module_name"] == transfer.MODULE:
+            return self.receive(arguments)
         self.calls.append(arguments["mode"])
         missing = wheels.query(arguments["site_packages"], arguments["wheels"])
         if arguments["mode"] == "query":
-            return {"changed": False, "missing": missing, "free_mb": self.free_mb}
+            return {"changed": False, "missing": missing, "free_mb": 1000}
         self.rows = arguments["wheels"]
         if self.install_fails:
             return {"failed": True, "msg": "pip failed"}
@@ -63,14 +60,9 @@ class Device(wheel_set.ActionModule):
                 archive.extractall(arguments["site_packages"])
         return {"changed": True, "installed": [row["name"] for row in missing], "conflicts": []}
 
-    def _low_level_execute_command(self, cmd: str, sudoable: bool = True, **_options: Any) -> dict[str, Any]:
-        done = subprocess.run(["/bin/sh", "-c", cmd], capture_output=True, text=True)
-        return {"rc": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
-
-    def _transfer_file(self, local_path: str, remote_path: str) -> str:
-        self.sent.append(Path(remote_path).name)
-        shutil.copy(local_path, remote_path)
-        return remote_path
+    def sent(self) -> int:
+        """Return how many files were put."""
+        return len(self.put)
 
 
 @pytest.fixture
@@ -107,7 +99,7 @@ def test_installs_what_is_missing_and_leaves_nothing_behind(arguments: dict[str,
     result = run(device)
     assert result["changed"] and result["installed"] == ["one", "two", "torch"]
     assert device.calls == ["query", "install"]
-    assert device.sent == [wheels.SMALL_FILES]
+    assert device.sent() == 1 and device.steps == ["open", "finish", "close"]
     assert [row["keep_origin"] for row in device.rows] == [False, False, True]
     assert all(len(row["sha256"]) == 64 for row in device.rows)
     assert list(Path(arguments["tmp"]).iterdir()) == []
@@ -123,13 +115,15 @@ def test_only_what_is_missing_is_sent(arguments: dict[str, Any], monkeypatch: py
     device = Device(arguments)
     result = run(device)
     assert result["missing"] == [{"name": "two", "version": "1.0", "reason": "two.py is missing"}]
-    assert device.sent == ["two-1.0-py3-none-any.whl"]
+    assert device.sent() == 1 and device.put[0][1] == (
+        Path(arguments["cache"]).joinpath("files", device.rows[0]["sha256"], "two-1.0-py3-none-any.whl").stat().st_size
+    )
 
 
 def test_check_mode_asks_and_does_no_more(arguments: dict[str, Any]) -> None:
     device = Device(arguments, check=True)
     result = run(device)
-    assert result["changed"] and device.calls == ["query"] and device.sent == []
+    assert result["changed"] and device.calls == ["query"] and device.sent() == 0
     assert result["diff"]["before"].splitlines()[0] == "one: not installed"
     assert result["diff"]["after"].splitlines()[2] == "torch: 1.0"
     assert not Path(arguments["tmp"]).exists()
@@ -143,49 +137,20 @@ def test_the_folder_on_the_device_goes_also_when_installing_fails(arguments: dic
     assert list(Path(arguments["tmp"]).iterdir()) == []
 
 
-def test_too_little_room_is_said_before_anything_is_sent(arguments: dict[str, Any]) -> None:
+def test_too_little_room_is_said_before_anything_is_sent(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "free_bytes", lambda _path: 10)
     device = Device(arguments)
-    device.free_mb = 0
     result = run(device)
     assert result["failed"] and "jetson_platform_tmp_root" in result["problem"]["next"]
-    assert device.sent == []
+    assert device.sent() == 0 and "install" not in device.calls
 
 
 def test_a_tmp_that_cannot_be_made(arguments: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run(Device({**arguments, "tmp": str(tmp_path / "file/tmp")}))
     assert result["failed"] and "no folder could be made" in result["msg"]
-
-
-def test_old_folders_of_ours_go_and_everything_else_in_a_shared_folder_stays(arguments: dict[str, Any]) -> None:
-    shared = Path(arguments["tmp"])
-    half_a_day_ago = time.time() - 13 * 3600
-    ours = "jetson-mamba-wheels."
-    for name in ("wheels.bak", "wheels.deadbeef", ours + "bak", ours + "deadbeef", ours + "freshnew"):
-        (shared / name).mkdir(parents=True)
-    (shared / (ours + "textfile")).write_text("")
-    for path in shared.iterdir():
-        if not path.name.endswith("freshnew"):
-            os.utime(path, (half_a_day_ago, half_a_day_ago))
-    kept = {path.name for path in shared.iterdir()} - {ours + "deadbeef"}
-    run(Device(arguments))
-    assert {path.name for path in shared.iterdir()} == kept
-
-
-def test_old_folders_of_other_users_stay(
-    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = Path(arguments["tmp"], "jetson-mamba-wheels.deadbeef")
-    old.mkdir(parents=True)
-    half_a_day_ago = time.time() - 13 * 3600
-    os.utime(old, (half_a_day_ago, half_a_day_ago))
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "id").write_text(f"#!/bin/sh\necho {os.getuid() + 1}\n")
-    (binaries / "id").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
-    run(Device(arguments))
-    assert old.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +168,7 @@ def test_a_wheel_for_another_machine_is_refused(
     result = run(device)
     assert result["failed"] and words in result["problem"]["found"]
     assert "aarch64" in result["problem"]["expected"]
-    assert device.sent == [] and "install" not in device.calls
+    assert device.sent() == 0 and "install" not in device.calls
 
 
 def test_a_wheel_that_was_built_on_the_device(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -211,7 +176,7 @@ def test_a_wheel_that_was_built_on_the_device(arguments: dict[str, Any], tmp_pat
     arguments = {key: value for key, value in arguments.items() if key != "lock"}
     device = Device({**arguments, "extra": [{"name": "causal", "version": "1.0", "remote_path": str(built)}]})
     result = run(device)
-    assert result["installed"] == ["causal"] and device.sent == [] and built.exists()
+    assert result["installed"] == ["causal"] and device.sent() == 0 and built.exists()
 
 
 def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
@@ -280,36 +245,3 @@ def test_fetch_artefacts_looks_into_extra_wheels(arguments: dict[str, Any], tmp_
     trap = make_wheel(tmp_path / "trap", "torch", "cp310-cp310-linux_aarch64", {"a.so": X86})
     wanted = {**fetch_arguments(arguments), "extra": [{"name": "torch", "version": "1.0", "path": str(trap)}]}
     assert "x86_64" in Controller(wanted).run()["msg"]
-
-
-# ---------------------------------------------------------------- transfer
-
-
-def test_pack_joins_small_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "SMALL_BYTES", 10)
-    for name, size in (("a", 1), ("b", 2), ("c", 10)):
-        (tmp_path / name).write_bytes(bytes(size))
-    paths = [str(tmp_path / name) for name in "abc"]
-    packed = transfer.pack(paths, tmp_path)
-    assert [name for _path, name in packed] == [wheels.SMALL_FILES, "c"]
-    assert transfer.pack(paths[:1], tmp_path) == [(paths[0], "a")]
-    assert transfer.pack([], tmp_path) == []
-
-
-def test_still_working_speaks_while_it_lasts() -> None:
-    said: list[str] = []
-    with transfer.StillWorking(said.append, "sending", interval=0.01):
-        for _attempt in range(500):
-            if said:
-                break
-            subprocess.run(["sleep", "0.01"], check=True)
-    count = len(said)
-    assert said and said[0].startswith("sending, for ")
-    subprocess.run(["sleep", "0.05"], check=True)
-    assert len(said) == count
-
-
-def test_problem_of_a_full_disk() -> None:
-    with pytest.raises(Problem):
-        wheel_set._check_room(10, 10, "/tmp")
-    wheel_set._check_room(9, 10, "/tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -19,40 +18,11 @@ from ansible_collections.jetson.mamba.plugins.module_utils import records, wheel
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
 
+from tests.unit.plugins.wheel_kit import make_wheel
+
 ORIN = Target("aarch64", "3.10", "2.35")
 X86 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00"
 ARM = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xb7\x00"
-
-
-def make_wheel(
-    folder: Path,
-    name: str = "thing",
-    version: str = "1.0",
-    tag: str = "py3-none-any",
-    inside_tag: str | None = None,
-    files: dict[str, bytes] | None = None,
-    requires: str = "",
-    file_version: str | None = None,
-) -> Path:
-    """Write a wheel; inside_tag is what its WHEEL file says, file_version what its file name says."""
-    info = f"{name}-{version}.dist-info"
-    content = dict(files if files is not None else {f"{name}/__init__.py": b"value = 1\n"})
-    content[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {inside_tag or tag}\n".encode()
-    content[f"{info}/METADATA"] = (
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        + (f"Requires-Dist: {requires}\n" if requires else "")
-        + "\nbody: no header\n"
-    ).encode()
-    record = ""
-    for member, data in content.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{member},sha256={digest},{len(data)}\n"
-    content[f"{info}/RECORD"] = (record + f"{info}/RECORD,,\n").encode()
-    path = folder / f"{name}-{file_version or version}-{tag}.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, data in content.items():
-            archive.writestr(member, data)
-    return path
 
 
 def row(path: Path, **more: Any) -> dict[str, Any]:

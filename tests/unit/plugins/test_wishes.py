@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building
 from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import Wishes, read_platforms
 
@@ -17,6 +18,15 @@ STATE: dict[str, Any] = {
     "machine": "aarch64",
     "environment_path": {"environment": None, "login_defs": None},
 }
+
+DEVICE: dict[str, Any] = {
+    **STATE,
+    "cuda": {"toolkits": []},
+    "interpreters": [{"version": "3.10.12", "path": "/usr/bin/python3.10", "headers": False}],
+    "tools": {"gcc": None, "g++": None, "patch": "/usr/bin/patch"},
+    "libraries": [],
+}
+PATHS = {"cuda_home": "/usr/local/cuda-12.6", "env": "/e", "root": "/r", "base_python": "/usr/bin/python3.10"}
 
 
 def tree(folder: Path, package: str, version: str) -> dict[str, str]:
@@ -136,16 +146,14 @@ def test_the_same_version_rebuilt_is_another_environment(tmp_path: Path, setting
 
 
 def test_the_system_shim_is_wanted_where_a_setting_asks(tmp_path: Path, settings: dict[str, Any]) -> None:
-    paths = {"cuda_home": "/usr/local/cuda-12.6", "env": "/e", "root": "/r", "base_python": "/usr/bin/python3.10"}
-    surveyed = {**STATE, "cuda": {"toolkits": []}}
-    made = Wishes(GUIDE, surveyed, settings, ROOT / "files/patches", tmp_path / "cache")
-    assert made.wanted(paths)["system_shim"] == {}
+    made = Wishes(GUIDE, DEVICE, settings, ROOT / "files/patches", tmp_path / "cache")
+    assert made.wanted(PATHS)["system_shim"] == {}
     settings["sitecustomize_system"] = True
-    made = Wishes(GUIDE, surveyed, settings, ROOT / "files/patches", tmp_path / "cache")
+    made = Wishes(GUIDE, DEVICE, settings, ROOT / "files/patches", tmp_path / "cache")
     assert all(
-        path.startswith("/usr/local/lib/python3.10/dist-packages/") for path in made.wanted(paths)["system_shim"]
+        path.startswith("/usr/local/lib/python3.10/dist-packages/") for path in made.wanted(PATHS)["system_shim"]
     )
-    assert made.wanted(paths)["system_shim"]
+    assert made.wanted(PATHS)["system_shim"]
 
 
 @pytest.mark.parametrize(
@@ -177,3 +185,139 @@ def test_a_source_of_another_version_is_a_problem(tmp_path: Path, settings: dict
     (problem,) = wishes(tmp_path, settings).problems
     assert problem["outcome"] == "mamba_ssm"
     assert "2.2.4" in problem["found"]
+
+
+# --- packages ---
+
+
+def surveyed(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Wishes:
+    """Return the wishes for a bare device, whose torch wheel is linked with a library that it lacks."""
+    monkeypatch.setattr(Wishes, "libraries", lambda _self: {"libcusparseLt.so.0": "libcusparselt0"})
+    return Wishes(GUIDE, DEVICE, settings, ROOT / "files/patches", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("source", ["controller", "folder", "device"])
+def test_what_a_device_lacks_is_wanted_where_the_run_may_install_it(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    settings["debian_packages_source"] = source
+    made = surveyed(tmp_path, settings, monkeypatch)
+    assert [item["name"] for item in made.packages()["run"]] == ["gcc", "python3.10-dev", "libcusparselt0"]
+    assert [item["name"] for item in made.packages()["build"]] == ["g++"]
+    assert made.missing_packages() == {"run": [], "build": []} and made.installs_packages
+    assert made.wanted(PATHS)["packages"] == made.packages()["run"]
+
+
+def test_what_a_device_lacks_is_a_problem_where_the_run_may_install_nothing(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings["debian_packages_source"] = "none"
+    made = surveyed(tmp_path, settings, monkeypatch)
+    assert made.packages() == {"run": [], "build": []} and made.wanted(PATHS)["packages"] == []
+    (run,), (build,) = made.missing_packages()["run"], made.missing_packages()["build"]
+    assert all(name in run["next"] for name in ("gcc", "python3.10-dev", "libcusparselt0")) and "g++" not in run["next"]
+    assert "g++" in build["next"] and "gcc" not in build["next"]
+    assert run["outcome"] == "debian_packages"
+
+
+def test_a_whole_device_wants_and_lacks_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole = {
+        **DEVICE,
+        "tools": dict.fromkeys(("gcc", "g++", "patch"), "/usr/bin/x"),
+        "interpreters": [{**DEVICE["interpreters"][0], "headers": True}],
+    }
+    for source in ("controller", "none"):
+        settings["debian_packages_source"] = source
+        made = Wishes(GUIDE, whole, settings, ROOT / "files/patches", tmp_path / "cache")
+        nothing: dict[str, Any] = {"run": [], "build": []}
+        assert made.packages() == nothing and made.missing_packages() == nothing
+
+
+# --- what others need to know of a component ---
+
+
+def test_a_component_carries_all_that_its_builder_is_asked_for(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["mamba_ssm_build_flags"] = ["A=1"]
+    data = wishes(tmp_path, settings).components["mamba_ssm"]
+    assert data["project"] == "mamba-ssm" and data["modules"] == ["selective_scan_cuda"]
+    assert data["source"] == settings["mamba_ssm_source"] and len(data["source_sha256"]) == 64
+    assert data["build_flags"] == ["A=1"] and data["memory_mb"] > 0 and data["disk_mb"] > 0 and data["minutes"] > 0
+
+
+def test_the_key_of_the_plan_is_the_key_of_the_build(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The plan looks for a wheel by its key, the builder computes it again from what it was asked for."""
+    settings["causal_conv1d_build_flags"] = ["B=2", "A=1"]
+    made = wishes(tmp_path, settings)
+    for name, data in made.components.items():
+        order = building.make_order(
+            {
+                "component": name,
+                "version": data["version"],
+                "source": data["source"],
+                "patch_root": str(ROOT / "files/patches"),
+                "companions": {other: one["version"] for other, one in made.components.items()},
+                "cache": str(tmp_path / "another cache"),
+                "class_id": made.class_id,
+                "sm": GUIDE["sm"],
+                "build_flags": data["build_flags"],
+                "build_root": "/b",
+                "python": "/p",
+                "cuda_home": "",
+            }
+        )
+        assert order.key == data["key"] and order.source.sha256 == data["source_sha256"]
+        assert order.wish(made.class_id).flags == tuple(data["build_flags"])
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d", "mamba_ssm"])
+@pytest.mark.parametrize("change", ["source", "build_flags", "version"])
+def test_the_key_follows_what_the_wheel_is_made_from(
+    tmp_path: Path, settings: dict[str, Any], name: str, change: str
+) -> None:
+    first = {key: one["key"] for key, one in wishes(tmp_path, settings).components.items()}
+    if change == "source":
+        (tmp_path / name / "setup.py").write_text("# another\n")
+    elif change == "build_flags":
+        settings[f"{name}_build_flags"] = ["A=1"]
+    else:
+        settings[f"{name}_version"] = {"causal_conv1d": "1.5.0.post8", "mamba_ssm": "2.2.5"}[name]
+        tree_of = Path(settings[f"{name}_source"]["path"])
+        (tree_of / name / "__init__.py").write_text(f'__version__ = "{settings[f"{name}_version"]}"\n')
+    second = {key: one["key"] for key, one in wishes(tmp_path, settings).components.items()}
+    assert second[name] != first[name]
+    if change != "version":
+        assert {key for key in first if first[key] != second[key]} == {name}
+
+
+def test_an_upgrade_of_l4t_changes_neither_class_nor_keys(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The row is the same, the release is no part of anything."""
+    made = [
+        Wishes(GUIDE, {**STATE, "l4t": {"release": release}}, settings, ROOT / "files/patches", tmp_path / "cache")
+        for release in ("36.4.4", "36.4.7")
+    ]
+    assert made[0].class_id == made[1].class_id and made[0].env_id == made[1].env_id
+    assert made[0].components == made[1].components
+
+
+def test_another_toolkit_is_another_class_and_other_keys(tmp_path: Path, settings: dict[str, Any]) -> None:
+    first = wishes(tmp_path, settings)
+    second = wishes(tmp_path, {**settings, "cuda_env_version": "12.8"})
+    assert "-cu12.8-" in second.class_id and second.class_id != first.class_id
+    assert all(first.components[name]["key"] != data["key"] for name, data in second.components.items())
+
+
+def test_what_is_installed_is_judged_by_the_class(tmp_path: Path, settings: dict[str, Any]) -> None:
+    made = Wishes(GUIDE, DEVICE, settings, ROOT / "files/patches", tmp_path / "cache")
+    expected = made.wanted(PATHS)["expectations"]["mamba_ssm"]
+    assert (expected.machine, expected.python, expected.glibc, expected.sm) == ("aarch64", "3.10", "2.35", "87")
+    assert (expected.component, expected.version) == ("mamba_ssm", "2.2.4")
+    assert expected.modules == ("selective_scan_cuda",) and expected.cxx11 is True
+
+
+def test_a_build_without_a_gpu_needs_the_memory_of_a_cpp_compiler(tmp_path: Path, settings: dict[str, Any]) -> None:
+    row = {**GUIDE, "sm": "cpu"}
+    made = wishes(tmp_path, settings, row)
+    assert made.class_id.endswith("-cpu")
+    assert made.components["causal_conv1d"]["memory_mb"] < wishes(tmp_path, settings).components["causal_conv1d"][
+        "memory_mb"
+    ]

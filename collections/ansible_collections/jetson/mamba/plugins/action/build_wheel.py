@@ -9,13 +9,14 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.modules.build_wheel import argument_spec
-from ansible_collections.jetson.mamba.plugins.plugin_utils import building
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building, supply
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 _INTERNAL = ("mode", "key", "source_sha256", "source_tar", "force_build", "modules", "job_memory_mb", "disk_mb")
 
 
 class ActionModule(ActionBase):
-    """Prepare, send, start, follow, return the wheel."""
+    """Prepare, send, start, follow, and keep the wheel in the wheelhouse."""
 
     TRANSFERS_FILES = True
     _supports_check_mode = True
@@ -42,20 +43,25 @@ class ActionModule(ActionBase):
             say=display.display,
             lost=(AnsibleConnectionFailure,),
         )
+        order = None
         try:
             order = building.make_order(options, display.display)
+            wheelhouse = supply.complete(options["wheelhouse"])
+            wish, house = order.wish(options["class_id"]), Wheelhouse(wheelhouse["path"])
             if self._task.check_mode:
                 answer = run("jetson.mamba.build_wheel", {**order.arguments, "mode": "start"})
                 return {**result, **answer, "key": order.key}
-            built, compiled = building.follow(device, order, options["logs"])
+            patience = 60.0 * wheelhouse["patience_minutes"]
+            found, compiled = building.build(device, order, wish, house, patience, options["logs"], options["l4t"])
         except Problem as problem:
-            return {**result, "failed": True, "msg": problem.render(), "problem": problem.as_dict()}
+            refused = {"failed": True, "msg": problem.render(), "problem": problem.as_dict()}
+            return {**result, **refused, "build_failed": order is not None, "key": order and order.key}
         except building.StepFailed as failure:
-            return {**result, **failure.result, "failed": True}
+            return {**result, **failure.result, "failed": True, "build_failed": failure.built, "key": order and order.key}
         except AnsibleConnectionFailure:
             raise
         except OSError as error:
             raise AnsibleError(str(error)) from error
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
-        return {**result, **built, "changed": compiled, "key": order.key}
+        return {**result, "wheel": found.served, "changed": compiled, "key": order.key}

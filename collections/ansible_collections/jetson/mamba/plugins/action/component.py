@@ -1,7 +1,8 @@
-"""Action of jetson.mamba.component: ask, build if need be, install, remember."""
+"""Action of jetson.mamba.component: ask, have the wheel, send it, install, remember."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ansible.errors import AnsibleConnectionFailure
@@ -9,10 +10,12 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.modules.component import argument_spec
-from ansible_collections.jetson.mamba.plugins.plugin_utils import building
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building, supply, wheel_libs
+from ansible_collections.jetson.mamba.plugins.plugin_utils.transfer import Courier, Parcel
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 _INTERNAL = ("mode", "key", "wheel", "record")
-_PATHS = ("python", "site_packages", "state", "build", "cuda_home")
+_PATHS = ("python", "site_packages", "state", "build", "cuda_home", "tmp")
 
 
 class ActionModule(ActionBase):
@@ -67,9 +70,52 @@ class ActionModule(ActionBase):
             "before": _describe(name, found["installed"], (found["record"] or {}).get("key")),
             "after": _describe(name, version, order.key),
         }
-        if self._task.check_mode:
+        wheelhouse = supply.complete(options["wheelhouse"])
+        house, wish = Wheelhouse(wheelhouse["path"]), order.wish(options["class_id"])
+        check = bool(self._task.check_mode)
+        found_wheel = supply.find(house, wish, wheelhouse, options["cache"], display.display, dry=check)
+        if check:
+            served = found_wheel.row["origin"] if found_wheel.row else found_wheel.promised
             minutes = order.row.minutes_for(str(options["sm"]))
-            return {**answer, "msg": f"would build and install {name} {version} (about {minutes} min): {reason}"}
+            how = f"from {house.root} ({served})" if served else f"after a build of about {minutes} min"
+            return {**answer, "msg": f"would install {name} {version} {how}: {reason}"}
+        compiled = False
+        if found_wheel.path is None:
+            found_wheel, compiled = self._build(order, wish, house, wheelhouse, options, run, task_vars, found_wheel)
+        wheel = found_wheel.served
+        assert wheel is not None
+        self._require_libraries(wheel, run)
+        record = {
+            "key": order.key,
+            "version": version,
+            "class_id": options["class_id"],
+            "sm": str(options["sm"]),
+            "build_flags": options["build_flags"],
+            "source_sha256": order.source.sha256 if found_wheel.row and found_wheel.row["source_sha256"] else None,
+            "origin": wheel["origin"],
+            "wheel": wheel["filename"],
+            "wheel_sha256": wheel["sha256"],
+        }
+        courier = Courier(self, task_vars, paths["tmp"], options["transfer"], display.display)
+        with courier.delivered([Parcel(wheel["path"], wheel["sha256"], wheel["filename"])]) as folder:
+            installed = step("install", wheel=f"{folder}/{wheel['filename']}", record=record)
+        return {**answer, "built": compiled, "record": installed["record"]}
+
+    def _build(
+        self,
+        order: building.Order,
+        wish: supply.Wish,
+        house: Wheelhouse,
+        wheelhouse: dict[str, Any],
+        options: dict[str, Any],
+        run: Callable[[str, dict[str, Any]], dict[str, Any]],
+        task_vars: dict[str, Any],
+        known: supply.Supply,
+    ) -> tuple[supply.Supply, bool]:
+        """Build on this very device what is nowhere."""
+        display = Display()
+        if not wheelhouse["build"]:
+            raise supply.nowhere(wish, house, known)
         device = building.Device(
             host=str(task_vars.get("inventory_hostname", "localhost")),
             run=run,
@@ -78,22 +124,18 @@ class ActionModule(ActionBase):
             say=display.display,
             lost=(AnsibleConnectionFailure,),
         )
-        built, compiled = building.follow(device, order, options["logs"])
-        record = {
-            "key": order.key,
-            "version": version,
-            "class_id": options["class_id"],
-            "sm": str(options["sm"]),
-            "build_flags": options["build_flags"],
-            "source_sha256": order.source.sha256,
-            "origin": order.source.origin,
-            "wheel": built["wheel"],
-            "wheel_sha256": built["sha256"],
-            "built_at": built["built_at"],
-            "seconds": built["seconds"],
-        }
-        installed = step("install", wheel=built["wheel"], record=record)
-        return {**answer, "built": compiled, "record": installed["record"]}
+        patience = 60.0 * wheelhouse["patience_minutes"]
+        return building.build(device, order, wish, house, patience, options["logs"], options["l4t"])
+
+    @staticmethod
+    def _require_libraries(wheel: dict[str, Any], run: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+        """Ask the device's linker for what the wheel is linked with and nobody here brings."""
+        if not wheel["needed"]:
+            return
+        wanted = {soname: wheel_libs.PACKAGES.get(soname, "") for soname in wheel["needed"]}
+        answer = run("jetson.mamba.shared_libraries", {"libraries": wanted})
+        if answer.get("failed"):
+            raise building.StepFailed(answer)
 
 
 def _describe(name: str, version: str | None, key: str | None) -> str:

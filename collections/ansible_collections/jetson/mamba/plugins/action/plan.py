@@ -13,12 +13,19 @@ from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, environment, plan, shim
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
-from ansible_collections.jetson.mamba.plugins.plugin_utils import wheel_libs
-from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import Wishes, read_platforms
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, wheel_libs, wheel_sources
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import PLAYBOOK_VARIABLES, open_store
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import COMPONENTS, Wishes, read_platforms
 
 display = Display()
 # names with a role's prefix that are no role's option: facts and registers of our own roles
-INTERNAL = ("jetson_platform_plan", "jetson_mamba_serial")
+INTERNAL = (
+    "jetson_platform_plan",
+    "jetson_platform_relay_store",
+    "jetson_mamba_serial",
+    # of playbooks/wheelhouse.yml
+    *PLAYBOOK_VARIABLES,
+)
 
 
 def render(problems: list[dict[str, str]]) -> str:
@@ -50,13 +57,19 @@ class ActionModule(ActionBase):
             rows = settings["jetson_platform_rows"]
             if not problems:
                 problems = checks.check_rows(rows, "jetson_platform_rows") + checks.check_values(settings)
+                try:
+                    wheel_sources.check_sources(settings["wheelhouse_sources"], settings["wheelhouse_sha256"])
+                except Problem as refusal:
+                    problems.append(dict(refusal.as_dict(), outcome="wheelhouse"))
             if problems:
                 return self._refuse(result, problems)
             survey = self._survey(settings, rows, roles, task_vars)
             if survey.get("failed") or survey.get("unreachable"):
                 result.update(survey)
                 return result
-            made, problems = self._plan(settings, survey["state"], rows, roles, purpose)
+            groups = task_vars.get("groups", {})
+            builder_only = "jetsons" in groups and task_vars["inventory_hostname"] not in groups["jetsons"]
+            made, problems = self._plan(settings, survey["state"], rows, roles, purpose, builder_only)
         except Problem as refusal:
             return self._refuse(result, [dict(refusal.as_dict(), outcome="jetson_platform")])
         if made is None or (problems and purpose == "provision"):
@@ -110,6 +123,10 @@ class ActionModule(ActionBase):
             "tmp_root": settings["jetson_platform_tmp_root"] or os.path.join(root, "tmp"),
             "scope": settings["jetson_platform_scope"],
             "hash_packages": ["causal-conv1d", "mamba-ssm"],
+            "inspect": [
+                {"package": name, "modules": components.find(name, settings[f"{name}_version"])["provides_modules"]}
+                for name in COMPONENTS
+            ],
             "site_files": self._site_files(roles),
             "config_files": [*cuda_env.ALL_PATHS, *system_shims, os.path.join(root, environment.LAUNCHER)],
             "toolkits": [settings["cuda_env_home"]] if settings["cuda_env_home"] else [],
@@ -130,7 +147,13 @@ class ActionModule(ActionBase):
         return sorted(names)
 
     def _plan(
-        self, settings: dict[str, Any], state: dict[str, Any], rows: list[Any], roles: Path, purpose: str
+        self,
+        settings: dict[str, Any],
+        state: dict[str, Any],
+        rows: list[Any],
+        roles: Path,
+        purpose: str,
+        builder_only: bool,
     ) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
         match = plan.match_platform(state, [*rows, *read_platforms()])
         if match.row is None:
@@ -142,14 +165,18 @@ class ActionModule(ActionBase):
         paths = plan.make_paths(row, state, settings, wishes.env_id)
         wanted = wishes.wanted(paths)
         work = plan.find_work(state, paths, scope, wanted)
+        if builder_only:
+            work = [item for item in work if item["outcome"] in plan.FOR_BUILDING]
         site = plan.surveyed_site(state, paths, scope)
         needs = self._needs(wishes, work, site)
-        problems = wishes.problems + plan.find_problems(row, state, settings, needs, work)
+        problems = wishes.problems + wishes.missing_packages()["run"]
+        problems += plan.find_problems(row, state, settings, needs, work)
         problems += plan.find_patch_problems(site, wanted) + plan.find_foreign_problems(site, work, row["machine"])
         outcomes = list(dict.fromkeys(item["outcome"] for item in work))
         current = state["environments"]["current"]
         launcher_differs = any(state["files"].get(path) != digest for path, digest in wanted["launcher"].items())
-        if scope == "venv" and (current != os.path.join("envs", wishes.env_id) or launcher_differs):
+        switched = current == os.path.join("envs", wishes.env_id) and not launcher_differs
+        if scope == "venv" and not switched and not builder_only:
             outcomes.append("activation")
         if purpose == "verify" and scope == "venv" and site is None:
             paths = plan.active_paths(paths, state["environments"])
@@ -161,7 +188,9 @@ class ActionModule(ActionBase):
             "user": state["user"],
             "paths": paths,
             "versions": {name: data["version"] for name, data in wishes.components.items()},
-            "keys": {name: data["key"] for name, data in wishes.components.items()},
+            "components": self._components(wishes, needs),
+            "packages": wishes.packages()["run"],
+            "build_packages": wishes.packages()["build"],
             "wheels": wanted["wheels"],
             "constraints": wishes.constraints(),
             "artefacts": {
@@ -170,13 +199,26 @@ class ActionModule(ActionBase):
                 "extra": wishes.extra,
                 "cache": str(wishes.cache),
                 "patch_root": settings["source_patches_root"],
-                "install_libraries": settings["torch_jetpack_install_libraries"],
+                "install_libraries": wishes.installs_packages,
                 "trust_on_first_use": settings["torch_jetpack_trust_on_first_use"],
+            },
+            "wheelhouse": {
+                "path": str(open_store(settings["wheelhouse_path"], roles.parent).root),
+                "sources": settings["wheelhouse_sources"],
+                "sha256": settings["wheelhouse_sha256"],
+                "trust_on_first_use": settings["wheelhouse_trust_on_first_use"],
+                "build": settings["wheelhouse_build"],
+                "patience_minutes": settings["wheelhouse_patience_minutes"],
+            },
+            "transfer": {
+                "rate_limit_kbit": settings["jetson_platform_rate_limit_kbit"],
+                "relay": settings["jetson_platform_relay"],
             },
             "cuda_login": settings["cuda_env_login"]
             and settings["cuda_env_state"] == "present"
             and row["cuda"] != "none",
             "l4t": state["l4t"]["release"],
+            "builder_only": builder_only,
             "work": work,
             "outcomes": outcomes,
             "problems": [],
@@ -184,9 +226,25 @@ class ActionModule(ActionBase):
         return made, problems
 
     @staticmethod
+    def _components(wishes: Wishes, needs: dict[str, Any]) -> dict[str, Any]:
+        """Return what is known of each component: what it is made from, and what keeps this host from building it."""
+        found = {}
+        # a builder needs the environment to build in, whether this host's own wish has work for it or not
+        room = needs["disk_mb"]
+        for name, data in wishes.components.items():
+            unfit = wishes.missing_packages()["build"] + plan.builder_problems(
+                wishes.row,
+                wishes.state,
+                dict(wishes.settings),
+                {"disk_mb": dict(room, build=data["disk_mb"]), "memory_mb": data["memory_mb"]},
+                name,
+            )
+            found[name] = dict(data, unfit=unfit, served=None)
+        return found
+
+    @staticmethod
     def _needs(wishes: Wishes, work: list[dict[str, Any]], site: dict[str, Any] | None) -> dict[str, Any]:
         outcomes = {item["outcome"] for item in work}
-        builds = [data for name, data in wishes.components.items() if name in outcomes]
         packed = wishes.packed_mb() if "torch_jetpack" in outcomes else 0
         # an environment that has its torch lacks little
         mended = bool(site and "torch" in site["packages"])
@@ -195,9 +253,6 @@ class ActionModule(ActionBase):
             "disk_mb": {
                 "root": 200 + (0 if wishes.scope == "user" else installed),
                 "user": installed if wishes.scope == "user" else 0,
-                "build": max([data["disk_mb"] for data in builds], default=0),
                 "tmp": (100 if mended else packed) + 100,
             },
-            "build_memory_mb": {name: data["memory_mb"] for name, data in wishes.components.items()},
-            "libraries": wishes.libraries(),
         }

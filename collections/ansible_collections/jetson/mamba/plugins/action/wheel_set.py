@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import tempfile
 from typing import Any
 
 from ansible.plugins.action import ActionBase
@@ -12,15 +10,12 @@ from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import wheels
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, transfer
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, stock, transfer
 
 display = Display()
 MODULE = "jetson.mamba.wheel_set"
 # passed on to the device's half
 _COMMON = ("python", "site_packages", "scope", "verify_hashes", "tmp")
-_STALE_MINUTES = 720
-# of the folders on the device; the folder that they are in may be shared, so nobody else's may begin like it
-_FOLDER = "jetson-mamba-wheels."
 
 
 class ActionModule(ActionBase):
@@ -61,27 +56,29 @@ class ActionModule(ActionBase):
 
         names = {row["name"] for row in missing}
         chosen = self._files(arguments, names, entries, target, cache)
-        local = [wheel for wheel in chosen if "remote" not in wheel]
-        _check_room(sum(wheel["size"] for wheel in local) >> 20, int(answer["free_mb"]), arguments["tmp"])
-        folder = self._make_folder(arguments["tmp"])
-        try:
-            self._send([wheel["local"] for wheel in local], folder, host)
-            rows = [
-                {
-                    "name": wheel["name"],
-                    "version": wheel["version"],
-                    "sha256": wheel["sha256"],
-                    "filename": wheel["filename"],
-                    "path": wheel.get("remote"),
-                    "url": wheel.get("url"),
-                    "keep_origin": wheel["keep_origin"],
-                }
-                for wheel in chosen
-            ]
-            with transfer.StillWorking(_say, f"{host}: installing {len(rows)} wheels"):
-                done = self._device(dict(common, mode="install", wheels=rows, source_dir=folder), task_vars)
-        finally:
-            self._low_level_execute_command(f"rm -rf {shlex.quote(folder)}", sudoable=False)
+        parcels = [
+            transfer.Parcel(wheel["local"], wheel["sha256"], wheel["filename"])
+            for wheel in chosen
+            if "remote" not in wheel
+        ]
+        rows = [
+            {
+                "name": wheel["name"],
+                "version": wheel["version"],
+                "sha256": wheel["sha256"],
+                "filename": wheel["filename"],
+                "path": wheel.get("remote"),
+                "url": wheel.get("url"),
+                "keep_origin": wheel["keep_origin"],
+            }
+            for wheel in chosen
+        ]
+        courier = transfer.Courier(self, task_vars, arguments["tmp"], None, _say, display.warning)
+        with (
+            courier.delivered(parcels) as folder,
+            transfer.StillWorking(_say, f"{host}: installing {len(rows)} wheels"),
+        ):
+            done = self._device(dict(common, mode="install", wheels=rows, source_dir=folder), task_vars)
         if done.get("failed"):
             return done
         for line in done["conflicts"]:
@@ -90,9 +87,7 @@ class ActionModule(ActionBase):
 
     def _device(self, arguments: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
         """Run the device's half and return its answer."""
-        answer: dict[str, Any] = self._execute_module(
-            module_name=MODULE, module_args=arguments, task_vars=task_vars
-        )
+        answer: dict[str, Any] = self._execute_module(module_name=MODULE, module_args=arguments, task_vars=task_vars)
         return answer
 
     def _files(
@@ -106,50 +101,19 @@ class ActionModule(ActionBase):
         """Return the missing wheels with their verified files."""
         tick = fetch.Ticker(_say)
         chosen: list[dict[str, Any]] = []
-        for entry in entries:
-            if entry.name in names and target is not None:
-                chosen.append(_row(fetch.ensure_locked(entry, target, cache, tick), keep_origin=False))
+        if target is not None:
+            locked = stock.locked_files(entries, target, cache, tick, names)
+            chosen += [_row(wheel, keep_origin=False) for wheel in locked]
         for wheel in arguments["extra"]:
             if wheel["name"] not in names:
                 continue
             if wheel.get("remote_path"):
                 path = wheel["remote_path"]
-                chosen.append(
-                    dict(wheel, remote=path, filename=os.path.basename(path), size=0, url=None, keep_origin=True)
-                )
+                chosen.append(dict(wheel, remote=path, filename=os.path.basename(path), url=None, keep_origin=True))
                 continue
-            found = fetch.ensure_wheel(wheel, cache, arguments["trust_on_first_use"], tick)
-            if target is not None:
-                wheels.check_archive(found.path, target)
+            found = stock.extra_file(wheel, target, cache, arguments["trust_on_first_use"], tick)
             chosen.append(_row(found, keep_origin=True))
         return chosen
-
-    def _make_folder(self, parent: str) -> str:
-        """Make a folder of our own on the device; what killed runs of this user left half a day ago is removed."""
-        quoted = shlex.quote(parent)
-        command = (
-            f"umask 77 && mkdir -p {quoted} && "
-            f"find {quoted} -mindepth 1 -maxdepth 1 -type d -user \"$(id -u)\" -name '{_FOLDER}????????' "
-            f"-mmin +{_STALE_MINUTES} -exec rm -rf {{}} + ; "
-            f"mktemp -d {quoted}/{_FOLDER}XXXXXXXX"
-        )
-        done = self._low_level_execute_command(command, sudoable=False)
-        lines = done["stdout"].strip().splitlines()
-        if done["rc"] != 0 or not lines or f"/{_FOLDER}" not in lines[-1]:
-            raise Problem(
-                f"no folder could be made in {parent} on the device: {(done['stderr'] or done['stdout']).strip()}",
-                "a folder for files in transfer that the connecting user may write",
-                f"look at: ls -ld {parent}; or name another: -e jetson_platform_tmp_root=FOLDER",
-            )
-        return str(lines[-1].strip())
-
-    def _send(self, paths: list[str], folder: str, host: str) -> None:
-        """Send files to a folder on the device; nothing large goes through memory."""
-        with tempfile.TemporaryDirectory(prefix="wheels-") as local:
-            for path, name in transfer.pack(paths, local):
-                size = os.path.getsize(path) >> 20
-                with transfer.StillWorking(_say, f"{host}: sending {name} ({size} MB)"):
-                    self._transfer_file(path, f"{folder}/{name}")
 
 
 def _say(text: str) -> None:
@@ -189,20 +153,10 @@ def _row(wheel: fetch.Wheel, keep_origin: bool) -> dict[str, Any]:
         "version": wheel.version,
         "sha256": wheel.sha256,
         "filename": wheel.filename,
-        "size": wheel.size,
         "local": wheel.path,
         "url": wheel.url or None,
         "keep_origin": keep_origin,
     }
-
-
-def _check_room(needed_mb: int, free_mb: int, folder: str) -> None:
-    if needed_mb >= free_mb:
-        raise Problem(
-            f"{free_mb} MB free for {folder} on the device",
-            f"{needed_mb} MB for the wheels in transfer",
-            "free space there, or name a larger disk: -e jetson_platform_tmp_root=FOLDER",
-        )
 
 
 def _diff(missing: list[dict[str, str]], site_packages: str) -> dict[str, str]:

@@ -31,6 +31,9 @@ author: The Jetson Mamba authors (@jetson-mamba)
 """
 
 PLAN_KEY = "jetson_mamba_plan"
+BUILDERS = "jetson.mamba.builders"
+# what follows a plan before the work; the plan is told when something else begins
+BOOKKEEPING = ("set_fact", "include_role", "include_tasks", "fail", "builders")
 REPORT_KIND = "jetson.mamba.kernel_smoke_tests"
 REPORTS_VARIABLE = "JETSON_MAMBA_REPORTS"
 
@@ -66,6 +69,7 @@ class CallbackModule(CallbackBase):
     def __init__(self) -> None:
         super().__init__()
         self._plans: dict[str, report.Data] = {}
+        self._choices: dict[str, report.Data] = {}
         self._unprinted: dict[str, report.Data] = {}
         self._reports: dict[str, report.Data] = {}
         self._failed: dict[str, str] = {}
@@ -102,7 +106,8 @@ class CallbackModule(CallbackBase):
     @_guarded
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool = False, **kwargs: Any) -> None:
         """Every host has finished the task before: print the plans that came of it."""
-        self._print_plans()
+        if str(getattr(task, "action", "")).rpartition(".")[2] not in BOOKKEEPING:
+            self._print_plans()
 
     @_guarded
     def v2_playbook_on_play_start(self, play: Any) -> None:
@@ -144,6 +149,8 @@ class CallbackModule(CallbackBase):
         if not isinstance(data, dict):
             return False
         host = self._host(result)
+        if getattr(_part(result, "task"), "action", "") == BUILDERS and isinstance(data.get("hosts"), dict):
+            self._choices.update(report.plain(data["hosts"]))
         plan = data.get(PLAN_KEY)
         if isinstance(plan, dict):
             self._plans[host] = report.plain(plan)
@@ -163,7 +170,7 @@ class CallbackModule(CallbackBase):
         if not self._unprinted:
             return
         plans, self._unprinted = dict(sorted(self._unprinted.items())), {}
-        self._show(["", *report.plan_table(plans)])
+        self._show(["", *report.plan_table(plans, self._choices)])
 
     def _outcomes(self, stats: Any) -> dict[str, report.Outcome]:
         # a failure that was rescued is none

@@ -14,29 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import fnmatch
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-import zipfile
 from typing import Any, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from ansible_collections.jetson.mamba.plugins.module_utils import (
     build_runner,
-    elf,
     environment,
     files,
+    inspection,
     nvcc_wrapper,
-    records,
-    versions,
 )
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
@@ -66,7 +61,7 @@ _KILLED = re.compile(
 )
 # Linux has this scheme for every Python, whatever a distribution makes of the others
 _USER_SCRIPTS = "import json, sysconfig; print(json.dumps(sysconfig.get_path('scripts', 'posix_user')))"
-_CUBIN_SM = re.compile(r"\.sm_(\d+[af]?)\.cubin")
+_PYTHON_VERSION = "import json, sys; print(json.dumps('%d.%d' % sys.version_info[:2]))"
 
 
 def build_key(
@@ -760,105 +755,36 @@ def _wheels(folder: str) -> List[str]:
     return [os.path.join(where, name) for name in names if name.endswith(".whl")]
 
 
-def inspect_wheel(
-    path: str, component: str, version: str, modules: Sequence[str], machine: str
-) -> Dict[str, Any]:
-    """Read what a wheel really holds and check that it fits.
-
-    Args:
-        path: the wheel.
-        component, version: what it must be.
-        modules: extension modules that it must hold.
-        machine: the machine that every library in it must be for, as `uname -m` names it.
-
-    Returns:
-        {wheel, sha256, size_mb, tags, version, libraries: {name: machine}}.
+def expectation(request: Request, machine: str) -> inspection.Expectation:
+    """Return what a job's wheel must be.
 
     Raises:
-        Problem: it is something else; a ready x86-64 wheel under an aarch64 name is the usual case.
+        Problem: the interpreter that it is for does not run.
     """
-    rebuild = f"remove the job's folder {os.path.dirname(os.path.dirname(path))} and run again"
-    name = os.path.basename(path)
-    try:
-        with zipfile.ZipFile(path) as handle:
-            info = [one for one in handle.namelist() if re.match(r"^[^/]+\.dist-info/(WHEEL|METADATA)$", one)]
-            texts = {one.rpartition("/")[2]: handle.read(one).decode("utf-8", "replace") for one in info}
-            libraries = {
-                one: _machine_in(handle, one) for one in handle.namelist() if elf.is_library_name(one.split("/")[-1])
-            }
-    except (zipfile.BadZipFile, OSError) as error:
-        raise Problem(f"{name} cannot be read: {error}", "a whole wheel", rebuild) from error
-    tags = re.findall(r"^Tag:\s*(\S+)", texts.get("WHEEL", ""), re.M)
-    found_name = re.search(r"^Name:\s*(\S+)", texts.get("METADATA", ""), re.M)
-    found_version = re.search(r"^Version:\s*(\S+)", texts.get("METADATA", ""), re.M)
-    if not found_name or not found_version:
-        raise Problem(f"{name} has no METADATA with a name and a version", f"{component} {version}", rebuild)
-    if (
-        records.canonical_name(found_name.group(1)) != records.canonical_name(component)
-        or not versions.same_version(found_version.group(1).split("+")[0], version.split("+")[0])
-    ):
+    python = environment.ask(request.python, _PYTHON_VERSION)
+    if not isinstance(python, str):
         raise Problem(
-            f"{name} says that it is {found_name.group(1)} {found_version.group(1)}",
-            f"{component} {version}",
-            "check the source's version",
+            f"{request.python} does not run",
+            "the interpreter that the wheel was built for",
+            "create the environment again (role torch_jetpack), then run again",
         )
-    for library, found in sorted(libraries.items()):
-        if found != machine:
-            raise Problem(
-                "{} in {} is for {}".format(library, name, found or "no machine (no ELF file)"),
-                f"code for {machine}, compiled here (setup.py downloads a ready x86-64 wheel where it can)",
-                rebuild,
-            )
-    for module in modules:
-        if not any(fnmatch.fnmatch(one.split("/")[-1], module + ".*so") for one in libraries):
-            raise Problem(
-                f"{name} holds no extension {module} (it holds {', '.join(sorted(libraries)) or 'no library'})",
-                "the compiled extension",
-                "look into the build's log for why it was left out",
-            )
-    if not any(tag.endswith("_" + machine) for tag in tags):
-        raise Problem("{} has the tags {}".format(name, ", ".join(tags) or "none"), f"a tag for {machine}", rebuild)
-    return {
-        "wheel": path,
-        "sha256": files.sha256_file(path),
-        "size_mb": round(os.path.getsize(path) / 1e6, 1),
-        "tags": tags,
-        "version": found_version.group(1),
-        "libraries": libraries,
-    }
-
-
-def _machine_in(handle: zipfile.ZipFile, name: str) -> Optional[str]:
-    with handle.open(name) as stream:
-        return elf.machine_of_header(stream.read(elf.HEADER_BYTES))
-
-
-def list_cubins(wheel: str, modules: Sequence[str], cuda_home: str) -> Optional[List[str]]:
-    """Return the GPU numbers that a wheel's extensions hold code for, or None where no cuobjdump can tell."""
-    tool = os.path.join(cuda_home, "bin", "cuobjdump")
-    if not os.access(tool, os.X_OK):
-        return None
-    found = set()
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(wheel)) as folder, zipfile.ZipFile(wheel) as handle:
-        for name in handle.namelist():
-            if not any(fnmatch.fnmatch(name.split("/")[-1], module + ".*so") for module in modules):
-                continue
-            copy = os.path.join(folder, "extension.so")
-            with handle.open(name) as stream, open(copy, "wb") as output:
-                shutil.copyfileobj(stream, output)
-            done = subprocess.run(
-                [tool, "--list-elf", copy], capture_output=True, check=False,
-                env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
-            )
-            found.update(_CUBIN_SM.findall(done.stdout.decode("utf-8", "replace")))
-    return sorted(found)
+    return inspection.Expectation(
+        machine=machine,
+        python=python,
+        glibc=".".join(platform.libc_ver()[1].split(".")[:2]),
+        sm=request.sm,
+        component=request.component,
+        version=request.version,
+        modules=request.modules,
+    )
 
 
 def result(request: Request, machine: str) -> Dict[str, Any]:
     """Judge the wheel of a job that is done, and write the judgement down.
 
     Returns:
-        what inspect_wheel returns, with cubins, seconds, log, built_at (UTC).
+        {wheel, sha256, size_mb, tags, version, libraries: {name: machine}, cubins: GPU numbers, warnings, needed,
+        seconds, log, built_at (UTC)}.
 
     Raises:
         Problem: the job failed, or the wheel is not what it must be.
@@ -873,30 +799,63 @@ def result(request: Request, machine: str) -> Dict[str, Any]:
             "one wheel",
             f"remove {folder} and run again",
         )
-    found = inspect_wheel(wheels[0], request.component, request.version, request.modules, machine)
-    cubins = None if request.sm == "cpu" else list_cubins(wheels[0], request.modules, request.cuda_home)
-    if cubins is not None and request.sm not in cubins:
+    path = wheels[0]
+    place = os.path.join(folder, "tmp")
+    os.makedirs(place, exist_ok=True)
+    facts = inspection.read_wheel(path, folder=place)
+    verdict = inspection.judge(facts, expectation(request, machine))
+    for error in verdict.errors:
         raise Problem(
-            "{} holds GPU code for {}".format(wheels[0], ", ".join("sm_" + one for one in cubins) or "no GPU"),
-            f"code for sm_{request.sm}",
-            f"remove {folder} and run again; look into its log for what nvcc was asked",
+            error["found"],
+            error["expected"],
+            "{}. It was built here: look into {} for what the compilers were asked, remove {}, and run again".format(
+                error["next"], os.path.join(folder, "log"), folder
+            ),
         )
     outcome = read_json(os.path.join(folder, "rc.json")) or {}
     ended = float(outcome.get("ended_at", time.time()))
-    found.update(
-        cubins=cubins,
-        seconds=outcome.get("seconds"),
-        log=os.path.join(folder, "log"),
-        built_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
-    )
+    cubins = {code for one in facts["libraries"].values() for code, row in one["archs"].items() if row["cubins"]}
+    found = {
+        "wheel": path,
+        "sha256": files.sha256_file(path),
+        "size_mb": round(os.path.getsize(path) / 1e6, 1),
+        "tags": facts["tags"],
+        "version": facts["version"],
+        "libraries": {name: one["machine"] for name, one in facts["libraries"].items()},
+        "cubins": sorted(cubins),
+        "warnings": verdict.warnings,
+        "needed": verdict.needed,
+        "seconds": outcome.get("seconds"),
+        "log": os.path.join(folder, "log"),
+        "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
+    }
     build_runner.write_json(os.path.join(folder, "result.json"), found)
     return found
 
 
-def clean_up(folder: str) -> None:
-    """Remove what a finished job needs no more; its log, its records and its wheel stay (a repair needs no build)."""
-    for name in ("src", "src.partial", "tmp", "bin"):
-        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    for name in ("source.tar", "runner.py"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
+def discard(folder: str) -> None:
+    """Remove a job that has ended, whole, once its wheel and its log are somewhere else.
+
+    Raises:
+        Problem: it runs, or its files cannot be removed.
+    """
+    if not os.path.isdir(folder):
+        return
+    with _launching(folder):
+        # not by its lock: the runner holds it for a moment after the result is written
+        if job_state(folder) == "running":
+            raise Problem(
+                f"the build in {folder} is running",
+                "a build that has ended",
+                "let it end (the next run follows it), or end its processes: fuser -k {}".format(
+                    os.path.join(folder, "lock")
+                ),
+            )
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise Problem(
+                f"{folder} cannot be removed: {error}",
+                "a build folder that the connecting user may write",
+                f"look at its owner (ls -ld {folder}) and at the device's storage (dmesg)",
+            ) from error

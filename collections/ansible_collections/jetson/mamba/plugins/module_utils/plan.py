@@ -8,6 +8,7 @@ import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+from ansible_collections.jetson.mamba.plugins.module_utils import inspection
 from ansible_collections.jetson.mamba.plugins.module_utils.cuda_env import sshd_problem
 from ansible_collections.jetson.mamba.plugins.module_utils.records import canonical_name
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import same_version
@@ -19,9 +20,14 @@ OLDEST_CLOCK = 1704067200  # 2024-01-01 UTC
 MEMORY_FOR_INSTALL_MB = 700
 # an estimate of NVIDIA's toolkit packages, unpacked
 TOOLKIT_MB = 6000
+# estimates of a compiler with its headers, and of an installed component for one GPU
+PACKAGES_MB = 400
+COMPONENT_MINUTES = 0.2
+COMPONENT_MB = 100
 # the order in which outcomes are realised
 OUTCOMES = (
     "jetson_platform",
+    "debian_packages",
     "cuda_env",
     "torch_jetpack",
     "causal_conv1d",
@@ -29,6 +35,8 @@ OUTCOMES = (
     "sitecustomize",
     "source_patches",
 )
+# what a host needs of these to build for others
+FOR_BUILDING = ("debian_packages", "cuda_env", "torch_jetpack")
 # import packages that this project installs and whose every library must be for this machine
 OURS = ("torch", "torchvision", "torch.libs", "torchvision.libs", "numpy", "triton", "causal_conv1d", "mamba_ssm")
 Row = Dict[str, Any]
@@ -113,17 +121,23 @@ def match_platform(state: Dict[str, Any], rows: Sequence[Row]) -> Match:
     )
 
 
-def class_id(row: Row, state: Dict[str, Any], torch_version: str) -> str:
+def class_id(row: Row, state: Dict[str, Any], torch_version: str, cuda: str) -> str:
     """Return the platform class: everything that a binary needs of this host, and no more.
 
     The L4T release is not part of it: an apt upgrade compiles nothing.
+
+    Args:
+        row: the platform row.
+        state: the survey.
+        torch_version: as pip spells it.
+        cuda: major.minor of the toolkit that is compiled with, or "none".
     """
     sm = str(row["sm"])
     return "-".join(
         [
             row["machine"],
             "glibc{}".format(state["glibc"]),
-            "cu{}".format(row["cuda"]),
+            f"cu{cuda}",
             "cp{}".format(str(row["python"]).replace(".", "")),
             f"torch{torch_version}",
             "cxx11" if row.get("cxx11_abi", True) else "cxx98",
@@ -193,24 +207,52 @@ def find_problems(
 ) -> List[Dict[str, str]]:
     """Return everything on the device that forbids a run, all at once.
 
+    What only a builder needs is no problem here; builder_problems() has that.
+
     Args:
         row: the platform row.
         state: the survey.
         settings: effective variables of all roles.
-        needs: {disk_mb, build: {components that need compiling}, memory_mb, libraries: [sonames]}.
+        needs: {disk_mb: {root, user, tmp}}.
         work: what there is to do; disk and memory are only asked for where there is work.
     """
     outcomes = {item["outcome"] for item in work}
     return (
         _python_problems(row, state, settings)
-        + _compiler_problems(row, state, settings)
         + _cuda_problems(row, state, settings)
         + _sshd_problems(state, settings, "cuda_env" in outcomes)
-        + _library_problems(state, settings, needs)
-        + _disk_problems(state, needs, bool(outcomes))
-        + _memory_problems(state, needs, outcomes)
+        + _disk_problems(state, needs["disk_mb"], bool(outcomes))
+        + _memory_problems(state, MEMORY_FOR_INSTALL_MB if outcomes else 0, "torch_jetpack")
         + _clock_problems(state)
     )
+
+
+def builder_problems(
+    row: Row, state: Dict[str, Any], settings: Dict[str, Any], needs: Dict[str, Any], component: str
+) -> List[Dict[str, str]]:
+    """Return everything that keeps a host from building a component for its class, all at once.
+
+    Args:
+        row: the platform row.
+        state: the survey.
+        settings: effective variables of all roles.
+        needs: {disk_mb: {root, user, tmp, build}, memory_mb} of the build, the environment that it needs included.
+        component: such as mamba_ssm.
+    """
+    problems = _disk_problems(state, needs["disk_mb"], True) + _memory_problems(state, needs["memory_mb"], component)
+    wanted = wanted_cuda(row, settings)
+    toolkit = find_toolkit(row, state, settings)
+    if str(row["sm"]) != "cpu" and toolkit and not toolkit["nvcc"] and not settings.get("cuda_env_install"):
+        dashed = wanted.replace(".", "-")
+        problems.append(
+            problem(
+                "cuda_env",
+                "no bin/nvcc in {}".format(toolkit["path"]),
+                "the CUDA compiler",
+                f"install it: sudo apt-get install cuda-nvcc-{dashed}, or let the run do it: -e cuda_env_install=true",
+            )
+        )
+    return [dict(item, outcome=component) for item in problems]
 
 
 def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
@@ -236,40 +278,56 @@ def _python_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) 
                 "use the default jetson_platform_scope: venv",
             )
         )
-    if not python["headers"]:
-        problems.append(
-            problem(
-                "mamba_ssm",
-                f"no Python.h for Python {version}",
-                "the headers: extensions are compiled with them, and Triton compiles its launchers at run time",
-                f"install them: sudo apt-get install python{version}-dev",
-            )
-        )
     return problems
 
 
-def _compiler_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> List[Dict[str, str]]:
-    problems = []
-    missing = [name for name in ("gcc", "g++") if not state["tools"].get(name)]
-    if missing:
-        problems.append(
-            problem(
-                "mamba_ssm",
-                "no {}".format(" and no ".join(missing)),
-                "a C and C++ compiler: extensions are compiled, and Triton compiles its launchers at run time",
-                "install it: sudo apt-get install build-essential",
-            )
-        )
+def find_packages(row: Row, state: Dict[str, Any], libraries: Dict[str, str]) -> Dict[str, List[Dict[str, str]]]:
+    """Return the Debian packages that a device lacks, {name, why} each.
+
+    Args:
+        row: the platform row.
+        state: the survey.
+        libraries: {soname: package} of what the wheels at hand are linked with.
+
+    Returns:
+        {run: what running Mamba needs, build: what only a builder needs besides}.
+    """
+    version = str(row["python"])
+    python = find_interpreter(state, version)
+    run: List[Dict[str, str]] = []
+    build: List[Dict[str, str]] = []
+
+    def need(where: List[Dict[str, str]], name: str, why: str) -> None:
+        if name not in [item["name"] for item in where]:
+            where.append({"name": name, "why": why})
+
+    if not state["tools"].get("gcc"):
+        need(run, "gcc", "Triton compiles its launchers at run time")
+    if python is not None and not python["headers"]:
+        need(run, f"python{version}-dev", "Python.h, which Triton's launchers and extensions are compiled with")
     if not state["tools"].get("patch"):
-        problems.append(
-            problem(
-                "source_patches",
-                "no patch",
-                "GNU patch, which applies the source patches",
-                "install it: sudo apt-get install patch",
-            )
+        need(run, "patch", "it applies the source patches")
+    for soname, package in sorted(libraries.items()):
+        if soname not in state["libraries"]:
+            need(run, package, f"{soname}, which the torch wheel is linked with")
+    if not state["tools"].get("g++"):
+        need(build, "g++", "extensions are compiled with it")
+    return {"run": run, "build": build}
+
+
+def package_problems(packages: Sequence[Dict[str, str]], outcome: str) -> List[Dict[str, str]]:
+    """Return the one problem that packages are missing and that this project shall not install them."""
+    if not packages:
+        return []
+    names = " ".join(item["name"] for item in packages)
+    return [
+        problem(
+            outcome,
+            "missing: " + "; ".join("{} ({})".format(item["name"], item["why"]) for item in packages),
+            "these Debian packages (debian_packages_source is none)",
+            f"install them: sudo apt-get install {names}, or let the run do it: -e debian_packages_source=controller",
         )
-    return problems
+    ]
 
 
 def find_toolkit(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -306,15 +364,6 @@ def _cuda_problems(row: Row, state: Dict[str, Any], settings: Dict[str, Any]) ->
                 "-e cuda_env_install=true; if it is elsewhere, name its folder: cuda_env_home",
             )
         ]
-    if str(row["sm"]) != "cpu" and not found["nvcc"]:
-        return [
-            problem(
-                "cuda_env",
-                "no bin/nvcc in {}".format(found["path"]),
-                "the CUDA compiler",
-                f"install it: sudo apt-get install cuda-nvcc-{dashed}, or let the run do it: -e cuda_env_install=true",
-            )
-        ]
     return []
 
 
@@ -325,25 +374,7 @@ def _sshd_problems(state: Dict[str, Any], settings: Dict[str, Any], has_work: bo
     return [dict(found, outcome="cuda_env")] if found else []
 
 
-def _library_problems(state: Dict[str, Any], settings: Dict[str, Any], needs: Dict[str, Any]) -> List[Dict[str, str]]:
-    if settings.get("torch_jetpack_install_libraries"):
-        return []
-    missing = {name: package for name, package in needs.get("libraries", {}).items() if name not in state["libraries"]}
-    if not missing:
-        return []
-    return [
-        problem(
-            "torch_jetpack",
-            "the linker finds no {}".format(", ".join(sorted(missing))),
-            "the libraries that the torch wheel is linked with",
-            "install them: sudo apt-get install {}, or let the run: -e torch_jetpack_install_libraries=true".format(
-                " ".join(sorted(set(missing.values())))
-            ),
-        )
-    ]
-
-
-def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool) -> List[Dict[str, str]]:
+def _disk_problems(state: Dict[str, Any], needs_mb: Dict[str, int], has_work: bool) -> List[Dict[str, str]]:
     """Return a problem per file system that is read-only or too small, and per folder of somebody else's.
 
     Folders on one file system share its room, so what they need is added up.
@@ -351,7 +382,7 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
     problems = []
     shared: Dict[Any, List[str]] = {}
     for name, disk in state["disk"].items():
-        if name == "user" and not needs["disk_mb"].get("user"):
+        if name == "user" and not needs_mb.get("user"):
             continue
         setting = "jetson_platform_{}root".format("" if name in ("root", "user") else name + "_")
         if disk["read_only"]:
@@ -377,7 +408,7 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
             )
         shared.setdefault(disk["device"], []).append(name)
     for names in shared.values():
-        wanted = sum(needs["disk_mb"].get(name, 0) for name in names)
+        wanted = sum(needs_mb.get(name, 0) for name in names)
         disk = state["disk"][names[0]]
         if has_work and disk["free_mb"] < wanted:
             problems.append(
@@ -385,7 +416,7 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
                     "torch_jetpack",
                     "{} MB free at {}".format(disk["free_mb"], disk["existing"]),
                     "{} MB for what this run puts there ({})".format(
-                        wanted, ", ".join("{} {}".format(name, needs["disk_mb"].get(name, 0)) for name in names)
+                        wanted, ", ".join(f"{name} {needs_mb.get(name, 0)}" for name in names)
                     ),
                     "free space there, or name a larger disk (NVMe): jetson_platform_root, jetson_platform_build_root, "
                     "jetson_platform_tmp_root",
@@ -394,11 +425,7 @@ def _disk_problems(state: Dict[str, Any], needs: Dict[str, Any], has_work: bool)
     return problems
 
 
-def _memory_problems(state: Dict[str, Any], needs: Dict[str, Any], outcomes: Any) -> List[Dict[str, str]]:
-    wanted = MEMORY_FOR_INSTALL_MB if outcomes else 0
-    for name, megabytes in needs.get("build_memory_mb", {}).items():
-        if name in outcomes:
-            wanted = max(wanted, megabytes)
+def _memory_problems(state: Dict[str, Any], wanted: int, outcome: str) -> List[Dict[str, str]]:
     memory = state["memory"]
     # zram is memory that is counted already
     available = memory["available_mb"] + memory["swap_free_mb"]
@@ -406,7 +433,7 @@ def _memory_problems(state: Dict[str, Any], needs: Dict[str, Any], outcomes: Any
         return []
     return [
         problem(
-            "torch_jetpack",
+            outcome,
             "{} MB of memory available ({} MB of it swap on disk)".format(available, memory["swap_free_mb"]),
             f"{wanted} MB for what this run does",
             "stop what uses the memory (a desktop session takes about 1 GB), or add a swap file on NVMe",
@@ -459,7 +486,8 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         scope: venv or user.
         wanted: {files: {path: sha256}, wheels: [{name, version}], config: {name: text},
             toolkit: why one must be installed, or None,
-            components: {name: {version, key, minutes, disk_mb, reinstall}},
+            packages: [{name, why}] to be installed,
+            components: {name: {version, key, reinstall}}, expectations: {name: what its binaries must be},
             shim and system_shim: {path: sha256 or None}, launcher: {path: sha256},
             patches: {package: {path: {final, pristine, known}}}, minutes, disk_mb}.
     """
@@ -470,6 +498,8 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         if reason:
             work.append({"outcome": outcome, "what": what, "reason": reason, "minutes": minutes, "disk_mb": disk_mb})
 
+    packages = [item["name"] for item in wanted.get("packages", [])]
+    add("debian_packages", "missing: " + ", ".join(packages) if packages else None, "install", 1, PACKAGES_MB)
     add("cuda_env", wanted.get("toolkit"), "install", 10, TOOLKIT_MB)
     if not wanted.get("toolkit"):
         add("cuda_env", _file_reason(state["files"], wanted["files"]), "configure")
@@ -481,8 +511,8 @@ def find_work(state: Dict[str, Any], paths: Dict[str, Any], scope: str, wanted: 
         wanted["disk_mb"],
     )
     for name, component in wanted["components"].items():
-        reason = _component_reason(site, name, component)
-        add(name, reason, "build", component["minutes"], component["disk_mb"])
+        reason = _component_reason(site, name, component, wanted["expectations"][name])
+        add(name, reason, "install", COMPONENT_MINUTES, COMPONENT_MB)
     rebuilt = {item["outcome"] for item in work}
     shim_files = site["files"] if site else {}
     shim_reason = _file_reason(shim_files, wanted["shim"])
@@ -548,7 +578,9 @@ def _environment_reason(
     return None
 
 
-def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict[str, Any]) -> Optional[str]:
+def _component_reason(
+    site: Optional[Dict[str, Any]], name: str, component: Dict[str, Any], expectation: inspection.Expectation
+) -> Optional[str]:
     installed = (site or {}).get("packages", {}).get(name)
     if not site or not installed:
         return "{} {} is not installed".format(name, component["version"])
@@ -558,6 +590,9 @@ def _component_reason(site: Optional[Dict[str, Any]], name: str, component: Dict
         return "{} {} found, {} wanted".format(name, installed["version"], component["version"])
     if installed["damage"]:
         return "{} is damaged: {}".format(name, installed["damage"])
+    wrong = inspection.judge_installed((site.get("inspection") or {}).get(name) or {}, expectation)
+    if wrong:
+        return wrong
     record = (site["records"] or {}).get(name)
     if not record:
         return f"there is no record of how {name} was built"

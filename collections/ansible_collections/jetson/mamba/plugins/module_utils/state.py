@@ -15,9 +15,9 @@ import re
 import shutil
 import subprocess
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, elf, files, records
+from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, elf, files, inspection, records
 
 SCHEMA = 1
 DEVICE_TREE = "sys/firmware/devicetree/base"
@@ -219,7 +219,11 @@ def read_torch(site_packages: str) -> Optional[Dict[str, Any]]:
 
 
 def read_site(
-    site_packages: str, machine: str, hash_packages: Sequence[str], site_files: Sequence[str]
+    site_packages: str,
+    machine: str,
+    hash_packages: Sequence[str],
+    site_files: Sequence[str],
+    inspect: Sequence[Mapping[str, Any]] = (),
 ) -> Dict[str, Any]:
     """Return what one site folder holds: packages with the state of their RECORD, foreign libraries, hashes.
 
@@ -228,7 +232,9 @@ def read_site(
         machine: what uname -m says; shared objects for another one are listed under `foreign`.
         hash_packages: packages whose files are hashed; of the others existence and size are compared.
         site_files: paths relative to the folder whose sha256 is wanted.
+        inspect: {package, modules} each; what is installed of it is looked into (see inspection.read_installed).
     """
+    looked = {row["package"]: inspection.read_installed(site_packages, **row) for row in inspect}
     return {
         "site_packages": site_packages,
         "exists": os.path.isdir(site_packages),
@@ -236,6 +242,7 @@ def read_site(
         "torch": read_torch(site_packages),
         "foreign": elf.find_foreign(site_packages, machine),
         "files": {name: files.sha256_file(os.path.join(site_packages, name)) for name in site_files},
+        "inspection": {package: facts for package, facts in looked.items() if facts is not None},
     }
 
 
@@ -252,7 +259,11 @@ def read_records(folder: str) -> Dict[str, Any]:
 
 
 def read_environments(
-    root: str, machine: str, hash_packages: Sequence[str], site_files: Sequence[str]
+    root: str,
+    machine: str,
+    hash_packages: Sequence[str],
+    site_files: Sequence[str],
+    inspect: Sequence[Mapping[str, Any]] = (),
 ) -> Dict[str, Any]:
     """Return {current, venvs: {env_id: site data}} of the environments under `root`."""
     current = os.path.join(root, "current")
@@ -261,7 +272,7 @@ def read_environments(
         sites = glob.glob(os.path.join(env, "lib", "python3.*", "site-packages"))
         python = os.path.join(env, "bin", "python")
         venvs[os.path.basename(env)] = dict(
-            read_site(sites[0] if sites else env, machine, hash_packages, site_files),
+            read_site(sites[0] if sites else env, machine, hash_packages, site_files, inspect),
             exists=bool(sites),
             python_runs=bool(sites) and run([python, "-S", "-c", ""]) is not None,
             config={name: read_text(os.path.join(env, name)) for name in ("constraints.txt", "pip.conf")},
@@ -290,6 +301,7 @@ def collect(
     config_files: Sequence[str] = (),
     toolkits: Sequence[str] = (),
     libraries: Sequence[str] = (),
+    inspect: Sequence[Mapping[str, Any]] = (),
     top: str = "/",
 ) -> Dict[str, Any]:
     """Return the whole state of this device as plain data (schema 1).
@@ -302,6 +314,7 @@ def collect(
         config_files: absolute paths whose sha256 is wanted.
         toolkits: CUDA toolkit folders beside those under /usr/local.
         libraries: sonames to look for in the linker cache.
+        inspect: {package, modules} each, extensions that are looked into in every environment and user site.
         top: the folder that stands for "/" (tests).
     """
     release = read_text(os.path.join(top, "etc/nv_tegra_release")) or ""
@@ -312,7 +325,7 @@ def collect(
     if scope == "user":
         for facts in interpreters:
             user_sites[facts["path"]] = dict(
-                read_site(facts["user_site"], machine, hash_packages, site_files),
+                read_site(facts["user_site"], machine, hash_packages, site_files, inspect),
                 config={"constraints.txt": read_text(os.path.join(root, "state", "user", "constraints.txt"))},
                 python_runs=True,
                 records=read_records(os.path.join(root, "state", "user")),
@@ -343,7 +356,7 @@ def collect(
             "tmp": read_disk(tmp_root),
             "user": read_disk(os.path.expanduser("~")),
         },
-        "environments": read_environments(root, machine, hash_packages, site_files),
+        "environments": read_environments(root, machine, hash_packages, site_files, inspect),
         "user_sites": user_sites,
         "files": {path: files.sha256_file(path) for path in config_files},
         "environment_path": environment_path(top),

@@ -14,7 +14,7 @@ import zipfile
 from typing import Any, Mapping, NamedTuple, Sequence
 from urllib.parse import quote
 
-from ansible_collections.jetson.mamba.plugins.module_utils import elf
+from ansible_collections.jetson.mamba.plugins.module_utils import elf, inspection
 from ansible_collections.jetson.mamba.plugins.module_utils.environment import clean_environ
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file, write_atomic
@@ -80,43 +80,21 @@ def inspect(path: str) -> Archive:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = [name for name in archive.namelist() if name.count("/") == 1 and ".dist-info/" in name]
-            wheel = _headers(archive, infos, "WHEEL")
-            metadata = _headers(archive, infos, "METADATA")
+            name, version, tags, _info = inspection.read_metadata(archive)
             libraries = {}
-            for name in archive.namelist():
-                if elf.is_library_name(os.path.basename(name)):
-                    with archive.open(name) as member:
-                        machine = elf.machine_of_header(member.read(elf.HEADER_BYTES))
+            for member in archive.namelist():
+                if elf.is_library_name(os.path.basename(member)):
+                    with archive.open(member) as stream:
+                        machine = elf.machine_of_header(stream.read(elf.HEADER_BYTES))
                     if machine:
-                        libraries[name] = machine
-    except (OSError, zipfile.BadZipFile, KeyError, RuntimeError) as error:
+                        libraries[member] = machine
+    except inspection.ARCHIVE_ERRORS as error:
         raise Problem(
             f"{path} is no readable wheel: {error}",
             "a zip archive with WHEEL and METADATA",
             "fetch or build it again",
         ) from error
-    return Archive(
-        next((value for key, value in metadata if key == "name"), ""),
-        next((value for key, value in metadata if key == "version"), ""),
-        [value for key, value in wheel if key == "tag"],
-        libraries,
-    )
-
-
-def _headers(archive: zipfile.ZipFile, names: Sequence[str], which: str) -> list[tuple[str, str]]:
-    """Return the header lines of a wheel's metadata file, keys in lower case."""
-    member = next((name for name in names if name.endswith("/" + which)), None)
-    if member is None:
-        raise KeyError(which + " is missing")
-    rows = []
-    for line in archive.read(member).decode("utf-8", "replace").splitlines():
-        if not line.strip():
-            break
-        key, colon, value = line.partition(":")
-        if colon and not line[0].isspace():
-            rows.append((key.strip().lower(), value.strip()))
-    return rows
+    return Archive(name, version, tags, libraries)
 
 
 def check_name(filename: str, target: Target) -> None:
@@ -142,7 +120,9 @@ def check_archive(path: str, target: Target) -> Archive:
     filename = os.path.basename(path)
     check_name(filename, target)
     archive = inspect(path)
-    cure = "build it on the target with *_FORCE_BUILD=TRUE, or take the file that was made for this target"
+    foreign = inspection.foreign_wheel(filename, archive.tags, archive.libraries, target.machine)
+    if foreign:
+        raise foreign
     for tag in archive.tags:
         parts = tag.split("-")
         inside = WheelName(archive.name, archive.version, "", *([part] for part in parts)) if len(parts) == 3 else None
@@ -153,14 +133,7 @@ def check_archive(path: str, target: Target) -> Archive:
         raise Problem(
             "{}: its WHEEL file says {}".format(filename, ", ".join(archive.tags) or "nothing"),
             f"a wheel for {target.describe()}",
-            cure,
-        )
-    foreign = sorted(name for name, machine in archive.libraries.items() if machine != target.machine)
-    if foreign:
-        raise Problem(
-            f"{filename}: {foreign[0]} is for {archive.libraries[foreign[0]]}",
-            f"libraries for {target.machine}",
-            cure,
+            "take the file that was made for this target",
         )
     return archive
 

@@ -13,11 +13,12 @@ from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 DOCUMENTATION = r"""
 ---
 module: build_wheel
-short_description: Build the wheel of a component on the device, detached from the connection
+short_description: Have the wheel of a component in the wheelhouse, built on this device if need be
 description:
   - As a task this is an action that prepares the source on the controller (index file, archive, git commit or local
-    tree, always by checksum), sends it, starts the build, shows its progress, and returns the wheel. The connection or
-    the controller may go away meanwhile; the next run finds the build and follows it.
+    tree, always by checksum), sends it, starts the build, shows its progress, fetches the wheel, inspects it and keeps
+    it in the wheelhouse. The connection or the controller may go away meanwhile; the next run finds the build and
+    follows it. Only one controller at a time builds one key.
   - Only code for the device's own GPU is compiled. A wheel is accepted only if its version, its extensions and the
     machine of every library in it are right.
   - Idempotent. A finished build with the same inputs is found again; one that died or failed goes on where it stopped.
@@ -90,10 +91,19 @@ options:
     type: list
     elements: str
     default: []
+  wheelhouse:
+    description:
+      - C(jetson_platform_plan.wheelhouse); where the wheel is kept on the controller, and how long to wait. As a task
+        this is required.
+    type: dict
+    default: {}
+  l4t:
+    description: The device's release; recorded, no part of the key.
+    type: str
   mode:
     description: What the module does on the device; set by the action, not by tasks.
     type: str
-    choices: [start, poll, result]
+    choices: [start, poll, result, discard]
   key:
     description: Digest of everything the wheel is made from; set by the action.
     type: str
@@ -144,44 +154,23 @@ EXAMPLES = r"""
     cuda_home: /usr/local/cuda-12.6
     class_id: aarch64-glibc2.35-cu12.6-cp310-torch2.5.0a0+872d972e41.nv24.08-cxx11-sm87
     sm: "87"
+    wheelhouse: {path: /srv/wheelhouse}
   register: built
 """
 
 RETURN = r"""
 wheel:
-  description: Path of the wheel on the device.
-  returned: when built or found
-  type: str
-sha256:
-  description: Of the wheel.
-  returned: when built or found
-  type: str
+  description: The wheel on the controller (path, filename, sha256, size, origin).
+  returned: success, not in check mode
+  type: dict
 key:
   description: The build's key.
   returned: always
   type: str
-tags:
-  description: The wheel's tags.
-  returned: when built or found
-  type: list
-  elements: str
-libraries:
-  description: Libraries in the wheel and the machine each is for.
-  returned: when built or found
-  type: dict
-cubins:
-  description: GPU numbers that the extensions hold code for; null where cuobjdump is absent or O(sm) is V(cpu).
-  returned: when built or found
-  type: list
-  elements: str
-seconds:
-  description: How long the build took.
-  returned: when built or found
-  type: float
-log:
-  description: The build's log on the device.
-  returned: when built or found
-  type: str
+build_failed:
+  description: Whether the build itself failed, so that another host of the class would fail at it too.
+  returned: failure
+  type: bool
 """
 
 
@@ -203,7 +192,9 @@ def argument_spec() -> dict[str, dict[str, object]]:
         "sm": {"type": "str", "required": True},
         "max_jobs": {"type": "int", "default": 0},
         "build_flags": {"type": "list", "elements": "str", "default": []},
-        "mode": {"type": "str", "choices": ["start", "poll", "result"]},
+        "wheelhouse": {"type": "dict", "default": {}},
+        "l4t": {"type": "str"},
+        "mode": {"type": "str", "choices": ["start", "poll", "result", "discard"]},
         "key": {"type": "str", "no_log": False},
         "source_sha256": {"type": "str"},
         "source_tar": {"type": "path"},
@@ -240,6 +231,9 @@ def serve(request: build.Request, mode: str, arguments: dict[str, object], check
     """Do one step on the device and return the module's result."""
     if mode == "poll":
         return {"changed": False, **build.poll(request.folder, float(str(arguments["wait_seconds"])))}
+    if mode == "discard":
+        build.discard(request.folder)
+        return {"changed": False}
     if mode == "result":
         return {"changed": False, **build.result(request, os.uname().machine)}
     if check:

@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.jetson.mamba.plugins.module_utils import build, component
+from ansible_collections.jetson.mamba.plugins.module_utils import component
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
 DOCUMENTATION = r"""
 ---
 module: component
-short_description: Build a component on the device and install it
+short_description: Install a component from the wheelhouse
 description:
   - Asks the device whether the component is installed as wanted, that is, whether its files have the hashes of their
-    RECORD and its record has the key of what is wanted now. If not, it is built as M(jetson.mamba.build_wheel) builds,
-    detached from the connection, and installed. A record of how it came to be is written last.
-  - Idempotent. The finished wheel is kept on the device, so that a repair needs no build. Check mode builds and
-    installs nothing and says why it would.
+    RECORD and its record has the key of what is wanted now. If not, its wheel is taken from the wheelhouse, sent and
+    installed. A record of how it came to be is written last.
+  - If the wheelhouse lacks it, the other sources are asked, and at last it is built on this very device, as
+    M(jetson.mamba.build_wheel) builds. In the site's playbook M(jetson.mamba.builders) has seen to that before.
+  - Idempotent. Check mode builds and installs nothing and says why it would.
 options:
   component:
     description: A component of data/components.yml, such as V(mamba_ssm).
@@ -66,7 +67,7 @@ options:
     type: str
     default: logs
   reinstall:
-    description: Install again even where everything is as wanted. The wheel of an earlier build is used if it is there.
+    description: Install again even where everything is as wanted, from the same wheel.
     type: bool
     default: false
   max_jobs:
@@ -78,6 +79,17 @@ options:
     type: list
     elements: str
     default: []
+  wheelhouse:
+    description: C(jetson_platform_plan.wheelhouse). As a task this is required.
+    type: dict
+    default: {}
+  transfer:
+    description: C(jetson_platform_plan.transfer); rate limit and relay.
+    type: dict
+    default: {}
+  l4t:
+    description: The device's release; recorded where it builds.
+    type: str
   mode:
     description: What the module does on the device; set by the action, not by tasks.
     type: str
@@ -112,6 +124,7 @@ EXAMPLES = r"""
     scope: "{{ jetson_platform_plan.scope }}"
     class_id: "{{ jetson_platform_plan.class_id }}"
     sm: "{{ jetson_platform_plan.platform.sm }}"
+    wheelhouse: "{{ jetson_platform_plan.wheelhouse }}"
 
 - name: Do the same from a tree of one's own
   jetson.mamba.component:
@@ -123,6 +136,7 @@ EXAMPLES = r"""
     paths: "{{ jetson_platform_plan.paths }}"
     class_id: "{{ jetson_platform_plan.class_id }}"
     sm: "{{ jetson_platform_plan.platform.sm }}"
+    wheelhouse: "{{ jetson_platform_plan.wheelhouse }}"
 """
 
 RETURN = r"""
@@ -131,7 +145,7 @@ reason:
   returned: always
   type: str
 built:
-  description: Whether this run compiled; false where a finished wheel was found.
+  description: Whether this very task compiled; false where the wheel was there.
   returned: when installed
   type: bool
 record:
@@ -162,6 +176,9 @@ def argument_spec() -> dict[str, dict[str, object]]:
         "reinstall": {"type": "bool", "default": False},
         "max_jobs": {"type": "int", "default": 0},
         "build_flags": {"type": "list", "elements": "str", "default": []},
+        "wheelhouse": {"type": "dict", "default": {}},
+        "transfer": {"type": "dict", "default": {}},
+        "l4t": {"type": "str"},
         "mode": {"type": "str", "choices": ["query", "install"]},
         "key": {"type": "str", "no_log": False},
         "wheel": {"type": "path"},
@@ -183,7 +200,6 @@ def main() -> None:
         if arguments["mode"] == "query" or module.check_mode:
             module.exit_json(changed=False, key=key, **found)
         record = component.install(place, name, version, arguments["wheel"], arguments["record"])
-        build.clean_up(build.job_folder(paths["build"], name, key))
     except Problem as problem:
         module.fail_json(msg=problem.render(), problem=problem.as_dict())
     module.exit_json(changed=True, key=key, reason=found["reason"], installed=version, record=record)

@@ -61,6 +61,23 @@ options:
     type: list
     elements: str
     default: []
+  inspect:
+    description:
+      - Packages whose installed extensions are looked into, in each environment and user site. What they are for and
+        what they ask for is returned as C(inspection) of that site; packages that are not there are left out.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      package:
+        description: Name of the distribution.
+        type: str
+        required: true
+      modules:
+        description: Its extension modules.
+        type: list
+        elements: str
+        default: []
 """
 
 EXAMPLES = r"""
@@ -69,6 +86,8 @@ EXAMPLES = r"""
     root: /opt/jetson-mamba
     build_root: /opt/jetson-mamba/build
     tmp_root: /opt/jetson-mamba/tmp
+    inspect:
+      - {package: causal_conv1d, modules: [causal_conv1d_cuda]}
 """
 
 RETURN = r"""
@@ -91,6 +110,15 @@ def main() -> None:
             "config_files": {"type": "list", "elements": "path", "default": []},
             "toolkits": {"type": "list", "elements": "path", "default": []},
             "libraries": {"type": "list", "elements": "str", "default": []},
+            "inspect": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "package": {"type": "str", "required": True},
+                    "modules": {"type": "list", "elements": "str", "default": []},
+                },
+            },
         },
         supports_check_mode=True,
     )

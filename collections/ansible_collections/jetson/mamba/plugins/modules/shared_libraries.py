@@ -19,7 +19,7 @@ version_added: 0.1.0
 author: The Jetson Mamba authors
 options:
   libraries:
-    description: Soname to the Debian package that brings it.
+    description: Soname to the Debian package that brings it, empty where none is known.
     type: dict
     required: true
   required:
@@ -80,13 +80,13 @@ def main() -> None:
     ldconfig = shutil.which("ldconfig", path="/usr/sbin:/sbin:/usr/bin:/bin") or "ldconfig"
     _status, printed, _errors = module.run_command([ldconfig, "-p"], check_rc=True)
     missing = sorted(set(wanted) - sonames(printed))
-    packages = sorted({wanted[name] for name in missing})
+    packages = sorted({wanted[name] for name in missing} - {""})
     if missing and module.params["required"]:
         problem = Problem(
             "the linker finds no {}".format(", ".join(missing)),
-            "the libraries that the torch wheel is linked with",
-            "install them: sudo apt-get install {} (libcusparselt0 is in NVIDIA's CUDA repository), or let "
-            "the run do it: -e torch_jetpack_install_libraries=true".format(" ".join(packages)),
+            "the libraries that the wheels are linked with",
+            "install {} (libcusparselt0 is in NVIDIA's CUDA repository), or let the run do it: "
+            "-e debian_packages_source=controller".format(" ".join(packages) or "what brings them"),
         )
         module.fail_json(msg=problem.render(), problem=problem.as_dict(), missing=missing, packages=packages)
     module.exit_json(changed=False, missing=missing, packages=packages)

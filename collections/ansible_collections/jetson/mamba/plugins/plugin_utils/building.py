@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ansible_collections.jetson.mamba.plugins.module_utils.build import build_key, job_folder
-from ansible_collections.jetson.mamba.plugins.plugin_utils import components, sources
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, sources, supply, transfer
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 # the device answers at once when a build ends; until then it stays this long before it says how far it is
 POLL_SECONDS = 10
@@ -22,11 +26,17 @@ DEFAULT_CACHE = "~/.cache/jetson-mamba"
 
 
 class StepFailed(Exception):
-    """A module on the device failed; result is what Ansible shall show."""
+    """A module on the device failed; result is what Ansible shall show.
 
-    def __init__(self, result: dict[str, Any]) -> None:
+    Args:
+        result: of the module.
+        built: whether the build itself failed, so that another host would fail at it too.
+    """
+
+    def __init__(self, result: dict[str, Any], built: bool = False) -> None:
         super().__init__(str(result.get("msg", "")))
         self.result = result
+        self.built = built
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,18 @@ class Order:
     source: sources.SourceArchive
     key: str
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def wish(self, class_id: str) -> supply.Wish:
+        """Return what the wheel of this order must be, for hosts of a class."""
+        return supply.Wish(
+            component=self.row.name,
+            project=self.row.project,
+            version=self.row.version,
+            key=self.key,
+            class_id=class_id,
+            source_sha256=self.source.sha256,
+            flags=tuple(self.arguments["build_flags"]),
+        )
 
     @property
     def folder(self) -> str:
@@ -181,11 +203,76 @@ def follow(
             device.say(progress_line(device.host, order.row.name, status))
         result = step("result")
     except StepFailed as failure:
-        raise StepFailed(_with_log(device, order, failure.result, logs)) from failure
+        raise StepFailed(_with_log(device, order, failure.result, logs), built=True) from failure
     if compiled:
         took = duration(result.get("seconds") or 0)
         device.say(f"{device.host} | {name}: built in {took}, wheel of {result['size_mb']} MB")
     return result, compiled
+
+
+def build(
+    device: Device,
+    order: Order,
+    wish: supply.Wish,
+    house: Wheelhouse,
+    patience: float,
+    logs: str,
+    l4t: str | None,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> tuple[supply.Supply, bool]:
+    """Have a wheel in the wheelhouse that nobody has: build it on a device and fetch it.
+
+    Args:
+        device: the builder.
+        order: what.
+        wish: what it must be.
+        house: where it is kept.
+        patience: seconds to wait for another controller that builds the same.
+        logs: see follow().
+        l4t: the builder's release, recorded.
+        sleep: see follow().
+
+    Returns:
+        the wheel, and whether this run compiled anything.
+
+    Raises:
+        StepFailed: a step on the device failed.
+        Problem: another controller did not come to an end, or what came is not what was built.
+    """
+    with house.locked(wish.class_id, wish.component, wish.key, device.say, patience):
+        found = supply.at_hand(house, wish)
+        if found.path is not None:
+            return found, False
+        if found.faulty:
+            supply.discard(house, wish, found, device.say)
+        built, compiled = follow(device, order, logs, sleep)
+        with TemporaryDirectory(prefix="built-") as scratch:
+            wheel, log = Path(scratch, os.path.basename(built["wheel"])), Path(scratch, "log")
+            with transfer.StillWorking(device.say, f"{device.host}: fetching {wheel.name} ({built['size_mb']} MB)"):
+                device.receive(built["wheel"], str(wheel))
+            _check_arrival(wheel, built["sha256"], device.host)
+            with contextlib.suppress(OSError):
+                device.receive(f"{order.folder}/log", str(log))
+            facts = {
+                "sha256": built["sha256"],
+                "builder": device.host,
+                "l4t": l4t,
+                "seconds": built["seconds"],
+                "source": order.source.origin,
+            }
+            kept = supply.keep(house, wish, wheel, facts, log if log.is_file() else None)
+        _checked(device.run("jetson.mamba.build_wheel", {**order.arguments, "mode": "discard"}))
+    return kept, compiled
+
+
+def _check_arrival(wheel: Path, sha256: str, host: str) -> None:
+    found = sha256_file(str(wheel))
+    if found != sha256:
+        raise Problem(
+            f"{wheel.name} arrived from {host} with sha256 {found}",
+            f"sha256 {sha256}, as it has there",
+            "run again; nothing is compiled anew",
+        )
 
 
 def _checked(result: dict[str, Any]) -> dict[str, Any]:

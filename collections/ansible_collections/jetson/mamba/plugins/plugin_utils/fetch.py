@@ -472,7 +472,7 @@ def _finder(target: Target | None, cache: Cache | None) -> PackageFinder:
     if cache is not None and cache.incoming.is_dir():
         find_links.append(str(cache.incoming))
     session = _session()
-    session.auth = MultiDomainBasicAuth(index_urls=index_urls)
+    session.auth = MultiDomainBasicAuth(prompting=False, index_urls=index_urls)
     options: dict[str, Any] = {"session": session, "ignore_compatibility": True}
     if target is not None:
         major, minor = (int(part) for part in target.python.split("."))

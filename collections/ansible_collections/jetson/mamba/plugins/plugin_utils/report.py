@@ -86,37 +86,57 @@ def _number(value: Any) -> str:
     return f"{value:.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
 
-def plan_table(plans: Mapping[str, Data]) -> list[str]:
+def _build_rows(choice: Data) -> list[list[str]]:
+    """Return the rows, without the host, of what a builder builds: outcome, minutes, MB, reason."""
+    rows = []
+    for item in choice.get("builds") or []:
+        hosts = [clean(host) for host in item.get("hosts") or []]
+        others = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
+        why = "".join(f"; {clean(reason)}" for reason in item.get("reasons") or [])
+        text = f"build: {clean(item.get('component'))} {clean(item.get('version'))} for {', '.join(hosts[:3])}{others}"
+        rows.append(["wheelhouse", _number(item.get("minutes")), _number(item.get("disk_mb")), text + why])
+    return rows
+
+
+def plan_table(plans: Mapping[str, Data], choices: Mapping[str, Data] | None = None) -> list[str]:
     """Return what will be done, a line for each piece of work: host, outcome, reason, minutes, MB.
 
     Args:
         plans: host -> plan (docs/architecture.md); minutes are an estimate.
+        choices: host -> what the host builds and where its wheels come from (module builders).
     """
     rows = [["host", "outcome", "min", "MB", "reason"]]
     idle, blocked = [], []
     for host, plan in plans.items():
-        name = clean(host)
+        name, choice = clean(host), (choices or {}).get(host) or {}
         if plan.get("problems"):
             blocked.append(f"  {name}: {len(plan['problems'])} problem(s) found; see the task's message")
-        work = plan.get("work") or []
-        if not work and plan.get("outcomes"):
-            rows.append([name, ", ".join(clean(item) for item in plan["outcomes"]), "0", "0", "prepared earlier"])
-        elif not work:
+        work, builds = plan.get("work") or [], choice.get("builds") or []
+        if plan.get("builder_only") and not builds:
             idle.append(name)
-        for index, item in enumerate(work):
+            continue
+        own: list[list[str]] = []
+        if not work and not builds and plan.get("outcomes"):
+            own.append([", ".join(clean(item) for item in plan["outcomes"]), "0", "0", "prepared earlier"])
+        elif not work and not builds:
+            idle.append(name)
+        for item in work:
             what, reason = clean(item.get("what") or ""), clean(item.get("reason") or "")
-            rows.append(
+            source = (choice.get("waits") or {}).get(str(item.get("outcome")))
+            text = f"{what}: {reason}" if what and reason else what or reason
+            own.append(
                 [
-                    name if index == 0 else "",
                     clean(item.get("outcome") or "?"),
                     _number(item.get("minutes")),
                     _number(item.get("disk_mb")),
-                    f"{what}: {reason}" if what and reason else what or reason,
+                    f"{text}; wheel {clean(source)}" if source else text,
                 ]
             )
-        if len(work) > 1:
-            minutes = sum(item.get("minutes") or 0 for item in work)
-            size = sum(item.get("disk_mb") or 0 for item in work)
+        own += _build_rows(choice)
+        rows += [[name if index == 0 else "", *row] for index, row in enumerate(own)]
+        if len(own) > 1:
+            minutes = sum(item.get("minutes") or 0 for item in [*work, *builds])
+            size = sum(item.get("disk_mb") or 0 for item in [*work, *builds])
             rows.append(["", "together", _number(minutes), _number(size), ""])
     lines = ["PLAN"]
     if len(rows) > 1:

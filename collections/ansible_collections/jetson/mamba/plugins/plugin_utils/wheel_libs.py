@@ -14,11 +14,9 @@ from typing import Any
 from ansible_collections.jetson.mamba.plugins.module_utils import elf
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import write_atomic
+from ansible_collections.jetson.mamba.plugins.module_utils.inspection import ARCHIVE_ERRORS
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import canonical_name
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch
-from elftools.common.exceptions import ELFError
-from elftools.elf.dynamic import DynamicSegment
-from elftools.elf.elffile import ELFFile
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, wheel_inspection
 
 # The package that brings a library which JetPack may lack. What comes with the C library or the CUDA toolkit is not
 # listed: the one is always there, the other is cuda_env's business.
@@ -60,27 +58,16 @@ def needed_of_wheel(path: str | Path) -> list[str]:
                 if elf.machine_of(str(copy)) is None:
                     continue
                 provided.add(base)
-                for tag, value in _dynamic(copy):
-                    (wanted if tag == "DT_NEEDED" else provided).add(value)
-    except (OSError, zipfile.BadZipFile, ELFError) as error:
+                dynamic = wheel_inspection.read_dynamic(str(copy))
+                wanted.update(dynamic["DT_NEEDED"])
+                provided.update(dynamic["DT_SONAME"])
+    except ARCHIVE_ERRORS as error:
         raise Problem(
             f"{path}: its libraries cannot be read: {error}",
             "a wheel with whole ELF files",
             "fetch it again (remove it from the controller's cache first)",
         ) from error
     return sorted(wanted - provided)
-
-
-def _dynamic(path: Path) -> Iterable[tuple[str, str]]:
-    """Return (tag, value) of the DT_NEEDED and DT_SONAME entries of an ELF file."""
-    with open(path, "rb") as handle:
-        for segment in ELFFile(handle).iter_segments("PT_DYNAMIC"):
-            if isinstance(segment, DynamicSegment):
-                for tag in segment.iter_tags():
-                    if tag.entry.d_tag == "DT_NEEDED":
-                        yield "DT_NEEDED", str(getattr(tag, "needed", ""))
-                    elif tag.entry.d_tag == "DT_SONAME":
-                        yield "DT_SONAME", str(getattr(tag, "soname", ""))
 
 
 def needed(

@@ -28,6 +28,7 @@ from ansible_collections.jetson.mamba.plugins.plugin_utils import (
     sources,
     wheel_libs,
 )
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import expectation_of
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -148,7 +149,8 @@ class Wishes:
         self.lock = lock_path(settings["torch_jetpack_lock"] or row["lock"])
         self.locked = locks.read_lock(self.lock, self.target)
         torch = next((wheel["version"] for wheel in self.extra if wheel["name"] == "torch"), "none")
-        self.class_id = plan.class_id(row, state, versions.pip_spelling(torch))
+        cuda = plan.wanted_cuda(row, dict(settings))
+        self.class_id = plan.class_id(row, state, versions.pip_spelling(torch), cuda)
         self.series: dict[str, list[Data]] = {}
         self.components = self._components(patch_root, progress)
         self._requirement_problems()
@@ -191,6 +193,12 @@ class Wishes:
             chosen[name] = {
                 "version": version,
                 "key": key,
+                "project": facts["project"],
+                "modules": list(facts["provides_modules"]),
+                "source": source,
+                "source_sha256": archive.sha256,
+                "build_flags": list(self.settings[f"{name}_build_flags"]),
+                "max_jobs": self.settings[f"{name}_max_jobs"],
                 "minutes": facts["minutes_estimate"][kind],
                 "disk_mb": facts["disk_mb"],
                 "memory_mb": facts["job_memory_mb"] if kind == "cuda" else CPU_BUILD_MEMORY_MB,
@@ -270,9 +278,14 @@ class Wishes:
         packed = self.packed_mb()
         return {
             "files": digests(cuda),
+            "packages": self.packages()["run"],
             "wheels": self.wheels(),
             "config": config,
             "components": self.components,
+            "expectations": {
+                name: expectation_of({"class_id": self.class_id, "component": name, "version": data["version"]})
+                for name, data in self.components.items()
+            },
             "shim": digests(shim_files),
             "patches": self.patch_targets(),
             "toolkit": plan.toolkit_wish(self.row, self.state, dict(settings)),
@@ -285,6 +298,24 @@ class Wishes:
     def libraries(self) -> dict[str, str]:
         """Return {soname: Debian package} that the wheels in the cache ask of the system (none before the fetch)."""
         return wheel_libs.needed(self.extra, self.cache, [entry.name for entry in self.locked])
+
+    def packages(self) -> dict[str, list[dict[str, str]]]:
+        """Return the Debian packages that the device lacks and the run may install: {run, build}."""
+        if not self.installs_packages:
+            return {"run": [], "build": []}
+        return plan.find_packages(self.row, self.state, self.libraries())
+
+    def missing_packages(self) -> dict[str, list[dict[str, str]]]:
+        """Return problems about packages that the device lacks where the run may not install any: {run, build}."""
+        if self.installs_packages:
+            return {"run": [], "build": []}
+        missing = plan.find_packages(self.row, self.state, self.libraries())
+        return {use: plan.package_problems(names, "debian_packages") for use, names in missing.items()}
+
+    @property
+    def installs_packages(self) -> bool:
+        """Whether the run may install Debian packages."""
+        return bool(self.settings["debian_packages_source"] != "none")
 
     @property
     def scope(self) -> str:
