@@ -155,6 +155,11 @@ def test_an_imported_wheel_that_changed_is_faulty(house: Wheelhouse, tmp_path: P
     damage(house, row)
     found = supply.at_hand(house, wish())
     assert found.path is None and found.faulty and found.row == row and row["sha256"] in found.reasons[0]
+    said: list[str] = []
+    supply.discard(house, wish(), found, said.append)
+    assert supply.at_hand(house, wish()) == supply.Supply(), "set aside under its own key"
+    (aside,) = (house.folder(ORIN) / "aside").glob("*.whl")
+    assert str(aside) in said[0]
 
 
 def test_a_damaged_manifest_is_a_problem_before_anything_is_compiled(house: Wheelhouse, tmp_path: Path) -> None:

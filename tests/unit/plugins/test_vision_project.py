@@ -99,7 +99,7 @@ def test_report_changes_nothing_and_writes_a_patch(project: Project) -> None:
     )
     assert result["files"][0]["status"] == "to fix"
     assert f"to fix: Mamba-YOLO/{FILE}:9: SS2D: self.conv2d" in result["msg"]
-    assert "common_utils_mbyolo.py" in result["notes"][0]
+    assert result["notes"] == []
 
 
 def test_report_in_check_mode_writes_nothing_at_all(project: Project) -> None:
@@ -268,6 +268,10 @@ def test_wrong_settings(project: Project, arguments: dict[str, Any], found: str)
     result = project.run(**arguments)
     assert result["failed"]
     assert found in result["problem"]["found"]
+
+
+def test_a_name_that_fits_nothing_is_said(project: Project) -> None:
+    assert project.run(files=["none/*.py"])["notes"] == ["Mamba-YOLO: no file is named none/*.py"]
 
 
 def test_a_project_that_is_not_there(project: Project) -> None:

@@ -29,7 +29,7 @@ def put(folder: Path, name: str, version: str, has_venv: bool = True, made: str 
     path.chmod(0o755)
 
 
-def bootstrap(tmp_path: Path, *words: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+def bootstrap(tmp_path: Path, *words: str, root: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run bootstrap with only the stand-ins and the basic commands on PATH."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
@@ -37,7 +37,8 @@ def bootstrap(tmp_path: Path, *words: str, root: Path = ROOT, **env: str) -> sub
         for folder in os.get_exec_path():
             if (Path(folder) / name).exists() and not (tools / name).exists():
                 (tools / name).symlink_to(Path(folder) / name)
-    script = str(root / "tools" / "bootstrap")
+    # a copy, as in a fresh clone: this very tree may have come out of a bundle
+    script = str((root or project(tmp_path / "clone")) / "tools" / "bootstrap")
     return subprocess.run(
         [str(tools / "bash"), script, str(tmp_path / "venv"), str(tmp_path / "stamp"), *words],
         env={"PATH": f"{tmp_path / 'bin'}:{tools}", **env},
@@ -45,6 +46,16 @@ def bootstrap(tmp_path: Path, *words: str, root: Path = ROOT, **env: str) -> sub
         capture_output=True,
         check=False,
     )
+
+
+def project(root: Path) -> Path:
+    """Make the little of a project that bootstrap looks at."""
+    for folder in ("tools", "requirements"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "tools" / "bootstrap", root / "tools" / "bootstrap")
+    for version in ("310", "311", "312", "313"):
+        (root / "requirements" / f"py{version}.txt").write_text("pip==26.3 --hash=sha256:0\n")
+    return root
 
 
 @pytest.fixture
@@ -133,14 +144,9 @@ def test_the_venv_module_is_installed_only_by_root_and_where_asked(
 @pytest.fixture
 def unpacked(tmp_path: Path) -> Path:
     """A project that came out of a bundle with packages for Python 3.11 and 3.12."""
-    root = tmp_path / "project"
+    root = project(tmp_path / "project")
     wheels = root / ".cache" / "bundle" / "controller-wheels"
     wheels.mkdir(parents=True)
-    for folder in ("tools", "requirements"):
-        (root / folder).mkdir()
-    shutil.copy(ROOT / "tools" / "bootstrap", root / "tools" / "bootstrap")
-    for version in ("310", "311", "312", "313"):
-        (root / "requirements" / f"py{version}.txt").write_text("pip==26.3 --hash=sha256:0\n")
     for version in ("311", "312"):
         name = f"py{version}-{os.uname().sysname}-{os.uname().machine}.txt"
         (wheels / name).write_text("packaging-26-py3-none-any.whl\npip-26.3-py3-none-any.whl\n")

@@ -12,13 +12,12 @@ from ansible_collections.jetson.mamba.plugins.modules.build_wheel import argumen
 from ansible_collections.jetson.mamba.plugins.plugin_utils import building, supply
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
-_INTERNAL = ("mode", "key", "source_sha256", "source_tar", "force_build", "modules", "job_memory_mb", "disk_mb")
+_INTERNAL = ("mode", "source_sha256", "source_tar", "force_build", "modules", "job_memory_mb", "disk_mb")
 
 
 class ActionModule(ActionBase):
     """Prepare, send, start, follow, and keep the wheel in the wheelhouse."""
 
-    TRANSFERS_FILES = True
     _supports_check_mode = True
     _supports_async = False
 
@@ -42,10 +41,14 @@ class ActionModule(ActionBase):
             receive=self._connection.fetch_file,
             say=display.display,
             lost=(AnsibleConnectionFailure,),
+            errors=(OSError, AnsibleError),
         )
-        order = None
+        order, hopeless = None, False
         try:
             order = building.make_order(options, display.display)
+            if options["key"] not in (None, order.key):
+                hopeless = True
+                raise _changed(options, order)
             wheelhouse = supply.complete(options["wheelhouse"])
             wish, house = order.wish(options["class_id"]), Wheelhouse(wheelhouse["path"])
             if self._task.check_mode:
@@ -55,9 +58,11 @@ class ActionModule(ActionBase):
             found, compiled = building.build(device, order, wish, house, patience, options["logs"], options["l4t"])
         except Problem as problem:
             refused = {"failed": True, "msg": problem.render(), "problem": problem.as_dict()}
-            return {**result, **refused, "build_failed": order is not None, "key": order and order.key}
+            hopeless = hopeless or isinstance(problem, building.WrongWheel)
+            return {**result, **refused, "build_failed": hopeless, "key": options["key"] or (order and order.key)}
         except building.StepFailed as failure:
-            return {**result, **failure.result, "failed": True, "build_failed": failure.built, "key": order and order.key}
+            told = {"failed": True, "build_failed": failure.built, "key": order and order.key}
+            return {**result, **failure.result, **told}
         except AnsibleConnectionFailure:
             raise
         except OSError as error:
@@ -65,3 +70,11 @@ class ActionModule(ActionBase):
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
         return {**result, "wheel": found.served, "changed": compiled, "key": order.key}
+
+
+def _changed(options: dict[str, Any], order: building.Order) -> Problem:
+    return Problem(
+        f"the source of {order.row.name} changed during this run (key {order.key[:12]}, planned {options['key'][:12]})",
+        "the source that the plan was made for",
+        "run again when nobody edits it any more",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
@@ -21,7 +21,6 @@ _PATHS = ("python", "site_packages", "state", "build", "cuda_home", "tmp")
 class ActionModule(ActionBase):
     """Bring one component to what is wanted."""
 
-    TRANSFERS_FILES = True
     _supports_check_mode = True
     _supports_async = False
 
@@ -123,6 +122,7 @@ class ActionModule(ActionBase):
             receive=self._connection.fetch_file,
             say=display.display,
             lost=(AnsibleConnectionFailure,),
+            errors=(OSError, AnsibleError),
         )
         patience = 60.0 * wheelhouse["patience_minutes"]
         return building.build(device, order, wish, house, patience, options["logs"], options["l4t"])

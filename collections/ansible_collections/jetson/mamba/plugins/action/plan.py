@@ -12,8 +12,8 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, environment, plan, shim
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
 from ansible_collections.jetson.mamba.plugins.plugin_utils import components, wheel_libs, wheel_sources
+from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import PLAYBOOK_VARIABLES, open_store
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import COMPONENTS, Wishes, read_platforms
 

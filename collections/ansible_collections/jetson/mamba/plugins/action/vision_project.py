@@ -79,7 +79,10 @@ class ActionModule(ActionBase):
             )
         name = arguments["name"] or os.path.basename(str(self._task.args["path"]).rstrip("/"))
         result: dict[str, Any] = {"changed": False, "files": rows, "patch_file": "", "notes": []}
-        result["notes"] = [f"{name}: no file is named {pattern}" for pattern in answer["unmatched"]]
+        # a layout need not have all of its files
+        result["notes"] = [
+            f"{name}: no file is named {pattern}" for pattern in answer["unmatched"] if pattern in arguments["files"]
+        ]
         if not any(row["findings"] for row in rows):
             result["notes"] += [f"{name}: {row['path']}: {row['message']}" for row in rows]
         if edits and arguments["mode"] == "fix":

@@ -240,16 +240,18 @@ def builder_problems(
         component: such as mamba_ssm.
     """
     problems = _disk_problems(state, needs["disk_mb"], True) + _memory_problems(state, needs["memory_mb"], component)
-    wanted = wanted_cuda(row, settings)
     toolkit = find_toolkit(row, state, settings)
-    if str(row["sm"]) != "cpu" and toolkit and not toolkit["nvcc"] and not settings.get("cuda_env_install"):
-        dashed = wanted.replace(".", "-")
+    comes = settings.get("cuda_env_install") and settings.get("cuda_env_state") != "absent"
+    if str(row["sm"]) != "cpu" and not comes and not (toolkit and toolkit["nvcc"]):
+        wanted = wanted_cuda(row, settings)
         problems.append(
             problem(
                 "cuda_env",
-                "no bin/nvcc in {}".format(toolkit["path"]),
+                "no bin/nvcc in {}".format(toolkit["path"]) if toolkit else f"no CUDA {wanted} toolkit",
                 "the CUDA compiler",
-                f"install it: sudo apt-get install cuda-nvcc-{dashed}, or let the run do it: -e cuda_env_install=true",
+                "install it: sudo apt-get install cuda-nvcc-{}, or let the run do it: -e cuda_env_install=true".format(
+                    wanted.replace(".", "-")
+                ),
             )
         )
     return [dict(item, outcome=component) for item in problems]
@@ -382,7 +384,8 @@ def _disk_problems(state: Dict[str, Any], needs_mb: Dict[str, int], has_work: bo
     problems = []
     shared: Dict[Any, List[str]] = {}
     for name, disk in state["disk"].items():
-        if name == "user" and not needs_mb.get("user"):
+        # where nothing is put, nobody cares
+        if name not in needs_mb or (name == "user" and not needs_mb["user"]):
             continue
         setting = "jetson_platform_{}root".format("" if name in ("root", "user") else name + "_")
         if disk["read_only"]:

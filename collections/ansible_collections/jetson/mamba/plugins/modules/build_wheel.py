@@ -105,7 +105,9 @@ options:
     type: str
     choices: [start, poll, result, discard]
   key:
-    description: Digest of everything the wheel is made from; set by the action.
+    description:
+      - Digest of everything the wheel is made from. Given to a task, it is what the inputs must come to; a source that
+        changed since the plan ends the task.
     type: str
   source_sha256:
     description: Digest of the packed source; set by the action.

@@ -39,6 +39,10 @@ class StepFailed(Exception):
         self.built = built
 
 
+class WrongWheel(Problem):
+    """A build succeeded, and what came of it is not what was to be built."""
+
+
 @dataclass(frozen=True)
 class Device:
     """How to reach a device.
@@ -50,6 +54,7 @@ class Device:
         receive: copies a file from there: (remote, local).
         say: shows one line to the user.
         lost: exceptions that mean that the connection was lost.
+        errors: exceptions by which receive says that a file could not be fetched.
     """
 
     host: str
@@ -58,6 +63,7 @@ class Device:
     receive: Callable[[str, str], Any]
     say: Callable[[str], Any]
     lost: tuple[type[Exception], ...] = ()
+    errors: tuple[type[Exception], ...] = (OSError,)
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,8 @@ def build(
 
     Raises:
         StepFailed: a step on the device failed.
-        Problem: another controller did not come to an end, or what came is not what was built.
+        WrongWheel: what was built is not what was to be built.
+        Problem: another controller did not come to an end, or what arrived is not what was sent.
     """
     with house.locked(wish.class_id, wish.component, wish.key, device.say, patience):
         found = supply.at_hand(house, wish)
@@ -245,13 +252,16 @@ def build(
             return found, False
         if found.faulty:
             supply.discard(house, wish, found, device.say)
+            found = supply.at_hand(house, wish)
+            if found.path is not None:
+                return found, False
         built, compiled = follow(device, order, logs, sleep)
         with TemporaryDirectory(prefix="built-") as scratch:
             wheel, log = Path(scratch, os.path.basename(built["wheel"])), Path(scratch, "log")
             with transfer.StillWorking(device.say, f"{device.host}: fetching {wheel.name} ({built['size_mb']} MB)"):
                 device.receive(built["wheel"], str(wheel))
             _check_arrival(wheel, built["sha256"], device.host)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*device.errors):
                 device.receive(f"{order.folder}/log", str(log))
             facts = {
                 "sha256": built["sha256"],
@@ -260,8 +270,14 @@ def build(
                 "seconds": built["seconds"],
                 "source": order.source.origin,
             }
+            try:
+                supply.inspect(wish, wheel)
+            except Problem as problem:
+                raise WrongWheel(problem.found, problem.expected, problem.next_step) from problem
             kept = supply.keep(house, wish, wheel, facts, log if log.is_file() else None)
-        _checked(device.run("jetson.mamba.build_wheel", {**order.arguments, "mode": "discard"}))
+        left = device.run("jetson.mamba.build_wheel", {**order.arguments, "mode": "discard"})
+        if left.get("failed"):
+            device.say(f"{device.host} | the wheel is kept, but {order.folder} stays there: {left.get('msg')}")
     return kept, compiled
 
 
@@ -302,7 +318,7 @@ def _patiently(
 def _with_log(device: Device, order: Order, failure: dict[str, Any], logs: str) -> dict[str, Any]:
     """Return a failure with the place of the copied log in it."""
     local = Path(logs).expanduser() / device.host / f"{order.row.name}-{order.key[:12]}.log"
-    with contextlib.suppress(OSError, *device.lost):
+    with contextlib.suppress(OSError, *device.lost, *device.errors):
         local.parent.mkdir(parents=True, exist_ok=True)
         device.receive(f"{order.folder}/log", str(local))
         if local.is_file():

@@ -227,8 +227,17 @@ def discard(house: Wheelhouse, wish: Wish, known: Supply, say: Say) -> None:
     """Set a wheel aside that can't be used, and say why."""
     reason = "; ".join(known.reasons)
     assert known.row is not None
-    place = house.set_aside(wish.class_id, str(known.row["key"]), reason, seen=known.row)
+    place = house.set_aside(wish.class_id, str(known.row.get("key") or wish.key), reason, seen=known.row)
     say(f"{wish.component} {wish.version}: {reason}; set aside as {place}")
+
+
+def inspect(wish: Wish, wheel: Path) -> wheel_inspection.Inspection:
+    """Look into a wheel for what a wish wants.
+
+    Raises:
+        Problem: it is something else.
+    """
+    return inspect_row(wheel, wish.row("", "", wheel.name, []))
 
 
 def keep(house: Wheelhouse, wish: Wish, wheel: Path, built: Mapping[str, Any], log: Path | None) -> Supply:
@@ -245,7 +254,7 @@ def keep(house: Wheelhouse, wish: Wish, wheel: Path, built: Mapping[str, Any], l
         Problem: it is not what was to be built.
     """
     row = wish.row(str(built["sha256"]), "built on {}".format(built["builder"]), wheel.name, [])
-    inspected = inspect_row(wheel, row)
+    inspected = inspect(wish, wheel)
     row.update(
         key=wish.key,
         source=built["source"],
