@@ -31,7 +31,7 @@ def repository_files() -> list[Path]:
         ).stdout.split("\0")
         files = [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):
-        files = [path for path in ROOT.rglob("*") if not {".venv", ".cache", ".git"} & set(path.parts)]
+        files = [path for path in ROOT.rglob("*") if not {".venv", ".cache", ".git", "__pycache__"} & set(path.parts)]
     return sorted(path for path in files if path.is_file() and not path.is_symlink())
 
 

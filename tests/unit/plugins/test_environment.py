@@ -205,6 +205,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.delenv("PYTHONUSERBASE", raising=False)
+    read = environment.interpreter_facts
+
+    def unmanaged(python: str) -> dict[str, object] | None:
+        facts = read(python)
+        return facts and {**facts, "externally_managed": False}
+
+    # the Python of Debian 12 and Ubuntu 24.04, which may run these tests, is marked; a JetPack 6 is not
+    monkeypatch.setattr(environment, "interpreter_facts", unmanaged)
     return path
 
 

@@ -267,6 +267,16 @@ def test_a_class_derived_from_one_that_scans() -> None:
     assert 'padding=(size - 1) // 2 if size % 2 else "same"' in fixed(source)
 
 
+def test_a_part_that_a_scan_gives_its_kernel_to() -> None:
+    part = (
+        "\n\nclass DWConv(nn.Module):\n    def __init__(self, dim, k=3):\n        super().__init__()\n"
+        "        self.conv = nn.Conv2d(dim, dim, k, 1, (k - 1) // 2, groups=dim)\n"
+    )
+    used = block("DWConv(d_inner, d_conv)") + part
+    assert fixed(used) == used.replace("(k - 1) // 2", '(k - 1) // 2 if k % 2 else "same"')
+    assert transform((block("DWConv(d_inner, 3)") + part).encode()).status == UNRECOGNISED
+
+
 def test_a_function_of_the_file() -> None:
     source = f"{HEAD}def dwconv(c, d_conv):\n    return nn.Conv2d(c, c, d_conv, padding=(d_conv - 1) // 2, groups=c)\n"
     assert fixed(source) == source.replace("// 2,", "// 2" + TAIL + ",")

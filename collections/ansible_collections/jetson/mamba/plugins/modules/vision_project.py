@@ -13,14 +13,14 @@ DOCUMENTATION = r"""
 module: vision_project
 short_description: Report or fix the even kernels of a vision project's SS2D-like blocks
 description:
-  - Blocks like SS2D pad their depthwise convolution with C((d_conv - 1) // 2). With an even C(d_conv) the map loses a
-    row and a column, and neither the gate nor the residual fits. The fix keeps the size for even kernels, and leaves
-    everything as it is for odd ones.
+  - Blocks like SS2D pad their depthwise convolution with half of C(d_conv - 1) on every side. With an even C(d_conv)
+    the map loses a row and a column, and neither the gate nor the residual fits. The fix keeps the size for even
+    kernels, and leaves everything as it is for odd ones.
   - The place is found by structure, on the controller; the rest of the file stays as it is, byte for byte. A file that
     is not recognised is left alone, with a message that says what was looked for.
   - The action plugin of the same name fetches the files, finds what has to be fixed, and writes it back if the files
     are still the ones that it fetched. The originals are kept.
-version_added: 0.2.0
+version_added: 0.1.0
 author: The Jetson Mamba authors (@jetson-mamba)
 requirements:
   - libcst on the controller

@@ -594,12 +594,28 @@ class _Convolution:
 
     def _is_ours(self, kernel: cst.BaseExpression) -> bool:
         """Return whether the convolution belongs to a selective scan rather than to any other part of a network."""
-        roots = [node for node in self._source.walk(kernel) if isinstance(node, cst.Name | cst.Attribute)]
-        named = any(
-            _KERNEL_NAMES.fullmatch(text) for root in roots for text in (_terminal(root), self._names.key(root))
-        )
-        scans = isinstance(self._owner, cst.ClassDef) and self._scans(self._owner, set())
-        return (named and (scans or isinstance(self._owner, cst.Module))) or (scans and self._is_depthwise())
+        named = self._is_kernel_name(kernel)
+        if not isinstance(self._owner, cst.ClassDef):
+            return named
+        if self._scans(self._owner, set()):
+            return named or self._is_depthwise()
+        return self._is_depthwise() and self._is_part_of_a_scan(self._owner.name.value)
+
+    def _is_kernel_name(self, node: cst.CSTNode) -> bool:
+        """Return whether an expression is made of a name such as d_conv."""
+        roots = [part for part in self._source.walk(node) if isinstance(part, cst.Name | cst.Attribute)]
+        texts = [text for root in roots for text in (_terminal(root), self._names.key(root))]
+        return any(_KERNEL_NAMES.fullmatch(text) for text in texts)
+
+    def _is_part_of_a_scan(self, name: str) -> bool:
+        """Return whether a class that scans makes one of this class and gives it a kernel: DWConv(d_inner, d_conv)."""
+        for node in self._source.walk(self._source.module):
+            if isinstance(node, cst.Call) and _terminal(node.func) == name:
+                user = self._names.scope(node, cst.ClassDef)
+                given = any(self._is_kernel_name(argument.value) for argument in node.args)
+                if given and isinstance(user, cst.ClassDef) and self._scans(user, set()):
+                    return True
+        return False
 
     def _scans(self, owner: cst.ClassDef, seen: set[str]) -> bool:
         """Return whether a class, or a class of the file that it derives from, shows signs of a selective scan."""
