@@ -22,7 +22,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ ONCE, EVERYWHERE = "build once", "every host"
 COLUMNS = ("hosts", "variant", "wall s", "ratio", "MB", "ratio", "compiled", "ratio")
 # of every host's interface, both ways, as its kernel counts them
 TRAFFIC = "awk '/eth0:/ {print $2 + $10}' /proc/net/dev"
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Show what is printed inside, on standard error, only if it ends with an error."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            yield
+    except BaseException:
+        print(shown.getvalue(), file=sys.stderr)
+        raise
 
 
 def measure(name: str, scratch: Path, snapshots: dict[str, str], hosts: Sequence[str], variant: str) -> dict[str, Any]:
@@ -59,13 +71,12 @@ def measure(name: str, scratch: Path, snapshots: dict[str, str], hosts: Sequence
         common = {"wheelhouse_path": str(scratch / "wheelhouse")}
         inventory = frozen.write_inventory(fleet, scratch / "inventory.yml", hosts, (), common, own)
         before = fleet.roots(hosts, TRAFFIC)
-        shown = io.StringIO()
-        begin = time.monotonic()
-        with contextlib.redirect_stdout(shown):
+        with quietly():
+            begin = time.monotonic()
             run = fleet.playbook("site.yml", inventory=inventory)
-        seconds = time.monotonic() - begin
-        if run.status != 0:
-            raise SystemExit(f"{shown.getvalue()}\n{variant}, {len(hosts)} hosts: ended with status {run.status}")
+            seconds = time.monotonic() - begin
+            if run.status != 0:
+                raise SystemExit(f"{variant}, {len(hosts)} hosts: site.yml ended with status {run.status}")
         after = fleet.roots(hosts, TRAFFIC)
         return {
             "hosts": len(hosts),
@@ -128,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="jetson-mamba-build-once-") as scratch:
         seeds = Fleet(f"{options.fleet}-seed", Path(scratch))
         try:
-            snapshots = frozen.freeze(seeds.name, Path(scratch), ("a",))
+            with quietly():
+                snapshots = frozen.freeze(seeds.name, Path(scratch), ("a",))
             for count in options.hosts:
                 for variant in (ONCE, EVERYWHERE):
                     folder = Path(scratch, f"{count}-{variant.replace(' ', '-')}")
@@ -137,11 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     results.append(measure(options.fleet, folder, snapshots, hosts, variant))
                     print(json.dumps(results[-1]), file=sys.stderr, flush=True)
         finally:
+            # of an interrupted run too: what was measured took its time
+            if results:
+                print("\n".join(table(results)))
+            if options.json:
+                data = {"machine": on, "results": results}
+                options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             frozen.forget(seeds, ("a",))
-    print("\n".join(table(results)))
-    if options.json:
-        data = {"machine": on, "results": results}
-        options.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

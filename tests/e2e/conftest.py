@@ -56,7 +56,10 @@ class Fleet:
         """Start the fleet anew, its default hosts or those of a description, and write its inventory."""
         self.simulator("down", "--fleet", self.name)
         argv = [sys.executable, "tools/provision.py", "fleet-up", "--fleet", self.name]
-        subprocess.run([*argv, *(["--fleet-file", str(description)] if description else [])], cwd=ROOT, check=True)
+        if description:
+            argv += ["--fleet-file", str(description)]
+        # its progress is told on standard error; the rest is a table of what is installed anyway
+        subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
     def down(self) -> None:
         """Remove the fleet."""
@@ -91,7 +94,11 @@ class Fleet:
     ) -> Run:
         """Run ansible-playbook from the repository's root."""
         process, reports = self.started(playbook, *words, inventory=inventory, env=env)
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
         print(output)
         return Run(process.returncode, output, reports)
 
@@ -106,6 +113,8 @@ class Fleet:
             playbook,
             "-i",
             str(inventory or self.inventory),
+            # of this session: what an earlier one has built is not to be found
+            *([] if inventory else ["-e", f"wheelhouse_path={self.scratch / 'wheelhouse'}"]),
             *words,
         ]
         print(f"$ {shlex.join(argv)}")

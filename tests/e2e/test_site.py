@@ -78,8 +78,12 @@ def test_the_plan_names_builds_before_they_start(first: Run) -> None:
     assert re.search(r"host\s+outcome\s+min\s+MB\s+reason", table)
     for host in HOSTS:
         assert re.search(rf"^\s*{host}\s", table, re.MULTILINE)
-    for component in ("causal_conv1d 1.6.0", "mamba_ssm 2.2.4"):
-        assert table.count(f"build: {component} is not installed") == len(HOSTS)
+    for name, component in (("causal_conv1d", "causal_conv1d 1.6.0"), ("mamba_ssm", "mamba_ssm 2.2.4")):
+        assert table.count(f"install: {component} is not installed; wheel built on orin-") == len(HOSTS)
+        # one builder a class: the first of its hosts
+        assert f"build: {component} for orin-a, orin-b" in table
+        assert re.search(rf"build: {component} for orin-c$", table, re.MULTILINE)
+        assert len(re.findall(rf"^TASK .*{name} : Install", first.output, re.MULTILINE)) == 1
 
 
 def test_first_run_verifies_every_host(first: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,10 +69,16 @@ def test_jobs_follow_memory(available: int, need: int, cpus: int, setting: int, 
     assert build.choose_jobs(available, need, cpus, setting) == expected
 
 
-def test_memory_counts_swap(tmp_path: Path) -> None:
-    path = tmp_path / "meminfo"
-    path.write_text("MemFree: 1 kB\nMemAvailable: 2048000 kB\nSwapFree: 1024000 kB\nHugePages_Total: 0\n")
-    assert build.memory_available_mb(str(path)) == 3000
+@pytest.mark.parametrize(("swap_mb", "expected"), [(0, 1), (1000, 1), (2600, 2), (16000, 2)])
+def test_swap_carries_one_compiler_more_and_no_second(swap_mb: int, expected: int) -> None:
+    assert build.choose_jobs(4000, 2600, 6, 0, swap_mb) == expected
+
+
+def test_upstreams_list_takes_the_memory_of_its_threads(tmp_path: Path) -> None:
+    flags = ("JETSON_MAMBA_ARCHITECTURES=upstream",)
+    assert build.compiler_memory_mb(request(tmp_path, sm="87")) == 1000
+    assert build.compiler_memory_mb(request(tmp_path, sm="87", flags=flags)) == 4000
+    assert build.compiler_memory_mb(request(tmp_path, flags=flags)) == 1000
 
 
 def test_the_environment_is_the_builds_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,17 +93,20 @@ def test_the_environment_is_the_builds_own(tmp_path: Path, monkeypatch: pytest.M
     assert found["PATH"].startswith("/env/bin:/usr/local/cuda-12.6/bin:/usr/")
     assert found["PYTORCH_NVCC"] == f"{job.folder}/bin/nvcc"
     assert found["JETSON_MAMBA_NVCC"] == "/usr/local/cuda-12.6/bin/nvcc" and found["JETSON_MAMBA_SM"] == "87"
-    assert found["LDFLAGS"] == "-Wl,-rpath,$ORIGIN/torch/lib -Wl,-z,now"
+    assert found["LDFLAGS"] == (
+        "-Wl,-rpath,$ORIGIN/torch/lib:$ORIGIN/nvidia/cu13/lib:$ORIGIN/nvidia/cuda_runtime/lib -Wl,-z,now"
+    )
     assert found["TMPDIR"].startswith(str(tmp_path))
     plain = build.build_environment(request(tmp_path), 1)
     assert not {"CUDA_HOME", "PYTORCH_NVCC"} & set(plain)
+    assert plain["LDFLAGS"] == "-Wl,-rpath,$ORIGIN/torch/lib"
 
 
 def test_in_the_users_site_the_build_sees_what_pip_puts_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts, cuda = tmp_path / "base" / "bin", tmp_path / "cuda"
     for program in (scripts / "ninja", cuda / "bin" / "nvcc"):
         program.parent.mkdir(parents=True)
-        program.write_text("#!/bin/sh\n")
+        program.write_text("#!/bin/sh\necho sm_80\necho sm_87\n")
         program.chmod(0o755)
     monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "base"))
     more: dict[str, Any] = {"sm": "87", "cuda_home": str(cuda), "user": True}
@@ -108,6 +118,12 @@ def test_in_the_users_site_the_build_sees_what_pip_puts_there(tmp_path: Path, mo
     assert found["PYTHONUSERBASE"] == str(tmp_path / "base")
     build.check_device(job)
     assert "PYTHONUSERBASE" not in build.build_environment(job._replace(user=False), 1)
+    with pytest.raises(Problem, match=f"{cuda}/bin/nvcc cannot compile for sm_110; it knows sm_80, sm_87"):
+        build.check_device(job._replace(sm="110"))
+    (cuda / "bin" / "nvcc").write_text("#!/bin/sh\necho no libraries >&2; exit 1\n")
+    with pytest.raises(Problem, match="status 1 and says: no libraries"):
+        build.check_device(job)
+    (cuda / "bin" / "nvcc").write_text("#!/bin/sh\necho sm_87\n")
     (scripts / "ninja").unlink()
     monkeypatch.setattr(build.shutil, "which", lambda name, path: None)
     with pytest.raises(Problem, match=f"no ninja in {scripts}"):
@@ -119,7 +135,13 @@ def test_an_interpreter_that_does_not_tell_its_users_programs_is_named(tmp_path:
         build.build_environment(request(tmp_path, python="/bin/false", user=True), 1)
 
 
-@pytest.mark.parametrize("flag", ["-O3", "lower=1", "MAX_JOBS=4", "PYTORCH_NVCC=/x", "PATH=/x", "A"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("-O3", "lower=1", "MAX_JOBS=4", "PYTORCH_NVCC=/x", "PATH=/x", "A", "JETSON_MAMBA_SM=90"),
+        "JETSON_MAMBA_ARCHITECTURES=all",
+    ],
+)
 def test_flags_that_are_none_are_refused(flag: str) -> None:
     with pytest.raises(Problem):
         build.parse_flags([flag])
@@ -149,14 +171,39 @@ def test_progress_is_read_from_ninja_and_from_setuptools() -> None:
         (1, "c++: fatal error: Killed signal terminated program cc1plus\n"),
         (1, "nvcc error   : 'cicc' died due to signal 9 (Kill signal)\n"),
         (1, "Killed\nninja: build stopped\n"),
+        (1, "c++: internal compiler error: Killed (program cc1plus)\n"),
+        (1, "  error: command '/usr/bin/g++' failed with exit code -9\n"),
+        (1, "  │ exit code: -9\n  ╰─> [3 lines of output]\n"),
+        (1, "cc1plus: out of memory allocating 65536 bytes after a total of 123 bytes\n"),
+        (1, "virtual memory exhausted: Cannot allocate memory\n"),
+        (1, "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"),
+        (1, "ninja: fatal: posix_spawn: Cannot allocate memory\n"),
+        (1, "ptxas fatal   : Memory allocation failure\n"),
     ],
 )
 def test_want_of_memory_is_recognised(returncode: int, log: str) -> None:
     assert build.was_killed(returncode, log)
 
 
-def test_an_ordinary_error_is_not_want_of_memory() -> None:
-    assert not build.was_killed(1, "error: 'Killed' was not declared in this scope\n")
+@pytest.mark.parametrize(
+    "log",
+    [
+        "error: 'Killed' was not declared in this scope\n",
+        "a.cu(3): error: no instance of std::bad_alloc matches\n",
+        "a.cpp:1:2: error: stray\n  1 | throw std::bad_alloc();\n",
+        "nvcc error   : 'cicc' died due to signal 11 (Invalid memory reference)\n",
+        "nvcc fatal   : Unsupported gpu architecture 'compute_53'\n",
+    ],
+)
+def test_an_ordinary_error_is_not_want_of_memory(log: str) -> None:
+    assert not build.was_killed(1, log)
+
+
+def test_the_kernels_count_speaks_where_no_compiler_does() -> None:
+    assert build.was_killed(1, "[3/9] nvcc -c a.cu\nninja: build stopped\n", 1)
+    assert not build.was_killed(1, "[3/9] nvcc -c a.cu\nninja: build stopped\n", 0)
+    # some other program of the machine may be the one that was killed
+    assert not build.was_killed(1, "a.cu(3): error: identifier x is undefined\n", 1)
 
 
 def test_pips_repetitions_are_no_part_of_the_last_lines() -> None:
@@ -307,7 +354,137 @@ def test_a_killed_compiler_is_answered_with_what_helps(job: Any) -> None:
     begin("import os\nos.kill(os.getpid(), 9)")
     assert wait_for(wanted.folder, "failed")["rc"] == 137
     problem = build.describe_failure(wanted.folder, "mamba_ssm")
-    assert "want of memory" in problem.found and "mamba_ssm_max_jobs: 1" in problem.next_step
+    assert "want of memory" in problem.found and "about 1000 MB for each" in problem.expected
+    path = Path(wanted.folder, "job.json")
+    data = json.loads(path.read_text())
+    for more, advice in [
+        ({"jobs": 6}, "mamba_ssm_max_jobs: 3,"),
+        ({"jobs": 1}, "wheelhouse_swap_mb: 4096"),
+        ({"jobs": 1, "job_memory_mb": 2600}, "wheelhouse_swap_mb: 6144"),
+        ({"upstream_list": True}, "JETSON_MAMBA_ARCHITECTURES=upstream out of mamba_ssm_build_flags"),
+    ]:
+        path.write_text(json.dumps({**data, **more}))
+        assert advice in build.describe_failure(wanted.folder, "mamba_ssm").next_step
+
+
+HUNGRY = """
+#include <tuple>
+#include <utility>
+template <int N> struct item { int value[N % 7 + 1]; };
+template <std::size_t... I> auto all(std::index_sequence<I...>) { return std::make_tuple(item<I>{}...); }
+int main() { return std::get<3>(all(std::make_index_sequence<3000>{})).value[0]; }
+"""
+
+
+@pytest.fixture
+def small_group() -> Any:
+    """A memory control group of 120 MB below this process's own; skipped out loud where none can be made."""
+    above = build.build_runner.memory_groups()
+    if not above:
+        pytest.skip("this machine shows no memory control group")
+    group = Path(above[0], f"jetson-mamba-test-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made here: {error}")
+    try:
+        limits = [group / name for name in ("memory.max", "memory.limit_in_bytes")]
+        limit = next(filter(Path.exists, limits), None)
+        if limit is None:
+            pytest.skip(f"{group} has no memory controller")
+        limit.write_text(str(120 << 20))
+        for name in ("memory.swap.max", "memory.memsw.limit_in_bytes"):
+            if (group / name).exists():
+                (group / name).write_text("0" if name == "memory.swap.max" else str(120 << 20))
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        for _ in range(100):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.05)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_that_the_kernel_kills_is_recognised(small_group: Path, tmp_path: Path) -> None:
+    """For real: a job in a control group whose memory the compiler does not fit into."""
+    wanted = request(tmp_path)
+    folder = Path(wanted.folder)
+    (folder / "src").mkdir(parents=True)
+    (folder / "hungry.cpp").write_text(HUNGRY)
+    code = (
+        "from test_build import request\n"
+        "from ansible_collections.jetson.mamba.plugins.module_utils import build\n"
+        "from pathlib import Path\n"
+        f"Path({str(small_group / 'cgroup.procs')!r}).write_text('0')\n"
+        "build.build_command = lambda _r: ['g++', '-c', 'hungry.cpp', '-o', 'hungry.o']\n"
+        f"build.start(request(Path({str(tmp_path)!r})), None)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(Path(__file__).parent)])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    for _ in range(6):
+        status = build.poll(wanted.folder, 10)
+        if status["state"] != "running":
+            break
+    assert status["state"] == "failed" and status["rc"] == 1, status
+    job, outcome = (build.read_json(str(folder / name)) or {} for name in ("job.json", "rc.json"))
+    assert 0 < job["memory_available_mb"] <= 120 and job["jobs"] == 1
+    assert outcome["oom_kills"] >= 1
+    problem = build.describe_failure(wanted.folder, "mamba_ssm")
+    assert "killed for want of memory (1 compilers at a time" in problem.found
+    assert "the kernel counts 1 killed); command: g++ -c hungry.cpp" in problem.found
+    assert "wheelhouse_swap_mb: 4096" in problem.next_step and f"{folder}/log" in problem.next_step
+    # the same counter alone, without what g++ says, names the reason too
+    (folder / "log").write_text("[1/1] g++ -c hungry.cpp\n")
+    assert "want of memory" in build.describe_failure(wanted.folder, "mamba_ssm").found
+
+
+@pytest.mark.parametrize("began", [0, None])
+def test_a_job_whose_runner_was_killed_too_is_explained_by_the_kernels_count(
+    job: Any, monkeypatch: pytest.MonkeyPatch, began: int | None
+) -> None:
+    _begin, wanted = job
+    folder = Path(wanted.folder)
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text('{"jobs": 2, "argv": ["pip"]}')
+    record = {"boot_id": build.build_runner.boot_id(), "oom_kills": began, "session": os.getsid(0)}
+    (folder / "pid.json").write_text(json.dumps(record))
+    monkeypatch.setattr(build.build_runner, "oom_kills", lambda: 2)
+    said = build.describe_failure(wanted.folder, "mamba_ssm").found
+    assert ("want of memory" in said) == (began is not None)
+
+
+def _tree(top: Path, cgroup: str, mounts: str, files: dict[str, str]) -> str:
+    (top / "self").mkdir()
+    (top / "self" / "cgroup").write_text(cgroup)
+    (top / "self" / "mountinfo").write_text(mounts)
+    for name, text in files.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(text)
+    return str(top)
+
+
+def test_the_kernels_count_is_read_from_either_kind_of_group_or_from_the_whole_machine(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    new, old, none = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    proc = _tree(
+        new, "0::/user/job\n", f"30 2 0:1 / {new}/fs rw - cgroup2 cgroup2 rw\n",
+        {"fs/user/job/memory.events": "oom 9\noom_kill 3\n", "vmstat": "oom_kill 8\n"},
+    )
+    assert build.build_runner.oom_kills(proc) == 3
+    assert build.build_runner.memory_groups(proc) == [f"{new}/fs/user/job", f"{new}/fs/user", f"{new}/fs"]
+    proc = _tree(
+        old, "4:cpu:/x\n3:memory:/docker/1\n0::/\n",
+        f"30 2 0:1 / {old}/cpu rw - cgroup cgroup rw,cpu\n31 2 0:1 /docker/1 {old}/fs rw - cgroup cgroup rw,memory\n",
+        {"fs/memory.oom_control": "oom_kill_disable 0\noom_kill 4\n"},
+    )
+    assert build.build_runner.oom_kills(proc) == 4
+    assert build.build_runner.oom_kills(_tree(none, "0::/\n", "", {"vmstat": "nr 1\noom_kill 8\n"})) == 8
+    assert build.build_runner.oom_kills(str(tmp_path / "nowhere")) is None
 
 
 def test_without_a_source_it_is_asked_for(tmp_path: Path) -> None:
@@ -442,7 +619,12 @@ def test_a_wheel_that_does_not_fit_is_refused(wheel: dict[str, Any], sm: str, me
 def test_code_for_the_gpu_is_listed_without_the_toolkit(tmp_path: Path) -> None:
     wanted = request(tmp_path, sm="87")
     _finished(Path(wanted.folder), gpu=container(entry(87), entry(90, flags=0x100011)))
-    found = build.result(wanted, "aarch64")
+    with pytest.raises(Problem, match="holds code for sm_87, sm_90a") as caught:
+        build.result(wanted, "aarch64")
+    assert caught.value.expected == "code for sm_87 alone"
+    assert f"{wanted.folder}/log" in caught.value.next_step and "PYTORCH_NVCC" in caught.value.next_step
+    assert "JETSON_MAMBA_ARCHITECTURES=upstream in mamba_ssm_build_flags" in caught.value.next_step
+    found = build.result(wanted._replace(flags=("JETSON_MAMBA_ARCHITECTURES=upstream",)), "aarch64")
     assert found["cubins"] == ["87", "90a"] and "sm_90a" in found["warnings"][0] and found["needed"] == []
 
 

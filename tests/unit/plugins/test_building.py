@@ -345,7 +345,8 @@ def test_roles_build_with_the_patches_that_were_planned(role: str) -> None:
 
 def test_a_builder_builds_what_was_chosen_as_it_was_planned() -> None:
     path = Path(__file__).parents[3] / "roles/wheelhouse/tasks/build.yml"
-    (task,) = [task for task in yaml.safe_load(path.read_text()) if "jetson.mamba.build_wheel" in task]
+    (block,) = [task for task in yaml.safe_load(path.read_text()) if "block" in task]
+    (task,) = [task for task in block["block"] if "jetson.mamba.build_wheel" in task]
     arguments = task["jetson.mamba.build_wheel"]
     assert set(arguments) <= set(build_wheel.argument_spec())
     assert arguments["patch_root"] == "{{ jetson_platform_plan.artefacts.patch_root }}"
@@ -359,3 +360,18 @@ def test_modules_take_what_a_source_is_patched_with(module: Any) -> None:
     assert {"patch_root", "companions", "scope"} <= set(spec) and set(spec) == set(documented)
     for name, option in spec.items():
         assert option["type"] == documented[name]["type"] and option.get("default") == documented[name].get("default")
+
+
+def test_swap_is_made_before_a_build_and_removed_also_after_a_failure() -> None:
+    path = Path(__file__).parents[3] / "roles/wheelhouse/tasks/build.yml"
+    tasks = yaml.safe_load(path.read_text())
+    asked = next(task for task in tasks if "jetson.mamba.build_swap" in task)
+    (block,) = [task for task in tasks if "block" in task]
+    made, _built = block["block"]
+    (removed,) = block["always"]
+    wish = "jetson.mamba.build_swap"
+    assert asked["check_mode"] is True and "become" not in asked and tasks.index(asked) < tasks.index(block)
+    assert made[wish] == asked[wish] and made["become"] is True and removed["become"] is True
+    assert (removed[wish]["path"], removed[wish]["state"]) == (made[wish]["path"], "absent")
+    # while another run's build goes on under it, it stays
+    assert removed[wish]["build_root"] == made[wish]["build_root"] == "{{ jetson_platform_plan.paths.build }}"

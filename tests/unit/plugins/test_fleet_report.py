@@ -496,3 +496,10 @@ def test_rescued_failure_does_not_explain_why_nothing_was_verified(callback: fle
     callback.v2_runner_on_failed(NewResult("a", "Try", {"msg": "x"}))
     callback.v2_playbook_on_stats(Stats(["a"]))
     assert "a  not verified  no verification was run" in shown(callback)
+
+
+def test_no_password_of_an_index_reaches_a_file(tmp_path: Path) -> None:
+    plan = {"wheelhouse": {"sources": [{"index": "https://me:geheim@wheels.example.org/jp6"}]}, "work": []}
+    paths = text.write_reports(tmp_path, {"a": text.Outcome()}, {"a": plan}, "2026-01-01T00:00:00+00:00")
+    written = "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert "geheim" not in written and "https://***@wheels.example.org/jp6" in written

@@ -32,20 +32,27 @@ from ansible_collections.jetson.mamba.plugins.module_utils import (
     files,
     inspection,
     nvcc_wrapper,
+    swap,
 )
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
 # part of every key: a change in how wheels are made, such as another rpath, makes other wheels
-RECIPE = 1
+RECIPE = 2
 TAIL_LINES = 40
-# what the system and Ansible need beside the compilers, MB
-RESERVED_MB = 300
-# the extension finds libc10 and its like whatever was imported first; the linker must see this dollar sign
+# The extension finds libc10 and its like whatever was imported first; the linker must see this dollar sign.
 RPATH = "-Wl,-rpath,$ORIGIN/torch/lib"
+# Where the CUDA runtime's own wheels put libcudart, for a torch that comes with them (CUDA 13, then 12). On a Jetson
+# neither folder exists, and the linker's cache knows the toolkit's.
+CUDA_RPATH = RPATH + ":$ORIGIN/nvidia/cu13/lib:$ORIGIN/nvidia/cuda_runtime/lib"
+# upstream asks nvcc to compile for so many GPUs of its list at a time
+UPSTREAM_THREADS = 4
 
 _FLAG = re.compile(r"^([A-Z][A-Z0-9_]*)=(.*)$", re.S)
 _OWN_VARIABLES = frozenset(
-    ("PATH", "HOME", "TMPDIR", "CUDA_HOME", "MAX_JOBS", "PYTORCH_NVCC", nvcc_wrapper.NVCC_VARIABLE)
+    (
+        *("PATH", "HOME", "TMPDIR", "CUDA_HOME", "MAX_JOBS", "PYTORCH_NVCC"),
+        *(nvcc_wrapper.NVCC_VARIABLE, nvcc_wrapper.SM_VARIABLE),
+    )
 )
 _NINJA = re.compile(r"^\s*\[(\d+)/(\d+)\]\s", re.M)
 _COMPILE = re.compile(r"^ *(?:\S*/)?(?:\S*(?:gcc|g\+\+|clang|clang\+\+|nvcc)(?:-\d+)?|cc|c\+\+)(?: .*)? -c ", re.M)
@@ -54,11 +61,19 @@ _COMPILE_LINE = re.compile(_COMPILE.pattern + ".*$", re.M)
 _PIP_NOISE = re.compile(r"^\s*(?:error: )?subprocess-exited-with-error", re.M)
 _FAILED_NINJA = re.compile(r"^\s*FAILED:.*\n\s*(\S.*)$", re.M)
 _FAILED_SETUPTOOLS = re.compile(r"^\s*error: [Cc]ommand '?(.+?)'? failed with exit (?:code|status) \d+", re.M)
+# what the shell, gcc, nvcc, its parts, ninja, pip and Python say of a process that the kernel has killed, or that was
+# refused memory; a compiler's own message that quotes such a word is none of these
 _KILLED = re.compile(
-    r"^\s*Killed\b|Killed signal terminated program|died due to signal 9|"
-    r"failed with exit (?:code|status) (?:137|-9)|std::bad_alloc|out of memory allocating",
+    r"^\s*Killed\b|Killed signal terminated program|internal compiler error: Killed|died due to signal 9\b|"
+    r"failed with exit (?:code|status) (?:137|-9)\b|^[\s│╰─>]*exit code: (?:137|-9)\s*$|"
+    r"terminate called after throwing an instance of 'std::bad_alloc'|"
+    r"^\s*(?:\S+: )?out of memory allocating \d+ bytes|^\s*(?:\S+: )?virtual memory exhausted|"
+    r"LLVM ERROR: out of memory|"
+    r"^\s*ptxas fatal\s*: Memory allocation failure|\[Errno 12\] Cannot allocate memory|"
+    r"^\s*(?:ninja: fatal: |fatal error: |\S+: )(?:\S+: )?Cannot allocate memory",
     re.M,
 )
+_COMPILER_ERROR = re.compile(r"\berror(?: #\d+(?:-D)?)?: |^\s*(?:error|fatal)\s+: ", re.M)
 # Linux has this scheme for every Python, whatever a distribution makes of the others
 _USER_SCRIPTS = "import json, sysconfig; print(json.dumps(sysconfig.get_path('scripts', 'posix_user')))"
 _PYTHON_VERSION = "import json, sys; print(json.dumps('%d.%d' % sys.version_info[:2]))"
@@ -138,29 +153,31 @@ def job_folder(root: str, component: str, key: str) -> str:
 # ---------------------------------------------------------------- environment
 
 
-def memory_available_mb(meminfo: str = "/proc/meminfo") -> int:
-    """Return the memory that compilers may take, swap included, in MB."""
-    values: Dict[str, int] = {}
-    with open(meminfo, encoding="ascii", errors="replace") as handle:
-        for line in handle:
-            name, _colon, rest = line.partition(":")
-            with contextlib.suppress(ValueError, IndexError):
-                values[name] = int(rest.split()[0]) // 1024
-    return values.get("MemAvailable", values.get("MemFree", 0)) + values.get("SwapFree", 0)
-
-
-def choose_jobs(available_mb: int, job_memory_mb: int, cpus: int, setting: int = 0) -> int:
+def choose_jobs(available_mb: int, job_memory_mb: int, cpus: int, setting: int = 0, swap_mb: int = 0) -> int:
     """Return how many compilers may run at a time: never none, never more than processors unless set.
 
     Args:
-        available_mb: free memory with free swap.
+        available_mb: free memory.
         job_memory_mb: what one compiler can take.
         cpus: number of processors.
         setting: the user's own number, or 0.
+        swap_mb: free swap on disks. It carries one compiler more at most: two that live in it push each other out.
     """
     if setting > 0:
         return setting
-    return max(1, min(cpus, (available_mb - RESERVED_MB) // max(1, job_memory_mb)))
+    one = max(1, job_memory_mb)
+    return max(1, min(cpus, (available_mb + min(swap_mb, one) - swap.RESERVED_MB) // one))
+
+
+def compiler_memory_mb(request: Request) -> int:
+    """Return what one compiler of a job can take, MB."""
+    return request.job_memory_mb * (UPSTREAM_THREADS if takes_upstream_list(request) else 1)
+
+
+def takes_upstream_list(request: Request) -> bool:
+    """Return whether upstream's whole list of GPUs is compiled for, as far as the compiler knows them."""
+    flags = parse_flags(request.flags)
+    return request.sm != "cpu" and flags.get(nvcc_wrapper.LIST_VARIABLE) == nvcc_wrapper.UPSTREAM_LIST
 
 
 def parse_flags(flags: Sequence[str]) -> Dict[str, str]:
@@ -185,6 +202,13 @@ def parse_flags(flags: Sequence[str]) -> Dict[str, str]:
                 "remove it; max_jobs, the platform row's sm and the CUDA settings have variables of their own",
             )
         variables[match.group(1)] = match.group(2)
+    choice = variables.get(nvcc_wrapper.LIST_VARIABLE, nvcc_wrapper.OWN_LIST)
+    if choice not in nvcc_wrapper.LISTS:
+        raise Problem(
+            f"the build flag {nvcc_wrapper.LIST_VARIABLE}={choice}",
+            "{} (the device's GPU alone) or {} (upstream's whole list)".format(*nvcc_wrapper.LISTS),
+            "correct it",
+        )
     return variables
 
 
@@ -247,7 +271,8 @@ def build_environment(request: Request, jobs: int) -> Dict[str, str]:
         )
     variables["PATH"] = os.pathsep.join(path)
     variables.update(flags)
-    variables["LDFLAGS"] = " ".join(part for part in (RPATH, flags.get("LDFLAGS", "")) if part)
+    rpath = RPATH if request.sm == "cpu" else CUDA_RPATH
+    variables["LDFLAGS"] = " ".join(part for part in (rpath, flags.get("LDFLAGS", "")) if part)
     return variables
 
 
@@ -389,9 +414,18 @@ def count_objects(log: str) -> Tuple[int, int]:
     return max(0, len(_COMPILE.findall(log)) - 1), 0
 
 
-def was_killed(returncode: int, log: str) -> bool:
-    """Return whether a build ended because memory ran out."""
-    return returncode in (137, -9) or bool(_KILLED.search(log))
+def was_killed(returncode: int, log: str, oom_kills: Optional[int] = None) -> bool:
+    """Return whether a build ended because memory ran out.
+
+    Args:
+        returncode: of the build.
+        log: of the build.
+        oom_kills: how many processes the kernel killed for want of memory meanwhile; None where it does not tell. They
+            need not be the build's own: they count only where no compiler names another reason.
+    """
+    if returncode in (137, -9) or _KILLED.search(log):
+        return True
+    return bool(oom_kills) and not _COMPILER_ERROR.search(_before_pip(log))
 
 
 def failing_command(log: str) -> Optional[str]:
@@ -469,10 +503,39 @@ class BuildFailed(Problem):
         return "last lines of the log:\n    {}\n{}".format("\n    ".join(self.last), super().render())
 
 
+def _before_pip(log: str) -> str:
+    """Return a log without pip's repetition of its own command, unless there is nothing else."""
+    match = _PIP_NOISE.search(log)
+    return log[: match.start()] if match and log[: match.start()].strip() else log
+
+
 def failure_tail(log: str) -> List[str]:
     """Return the last lines of a failed build's log, without pip's repetition of its own command."""
-    match = _PIP_NOISE.search(log)
-    return tail(log[: match.start()] if match and log[: match.start()].strip() else log)
+    return tail(_before_pip(log))
+
+
+def _kills(folder: str, outcome: Dict[str, Any]) -> Optional[int]:
+    """Return how many processes the kernel killed for want of memory during a job, or None where that is not known."""
+    if outcome:
+        found = outcome.get("oom_kills")
+        return None if found is None else int(found)
+    # the runner itself is gone: what it wrote down at its start says it, while the kernel still runs
+    began = read_json(os.path.join(folder, "pid.json")) or {}
+    now = build_runner.oom_kills()
+    if began.get("boot_id") != build_runner.boot_id() or began.get("oom_kills") is None or now is None:
+        return None
+    return max(0, now - int(began["oom_kills"]))
+
+
+def _more_memory(component: str, job: Dict[str, Any]) -> str:
+    """Return what makes a job fit that was killed for want of memory."""
+    jobs, each = int(job.get("jobs") or 1), int(job.get("job_memory_mb") or 0)
+    if job.get("upstream_list"):
+        return f"take {nvcc_wrapper.LIST_VARIABLE}={nvcc_wrapper.UPSTREAM_LIST} out of {component}_build_flags"
+    if jobs > 1:
+        return f"set {component}_max_jobs: {max(1, jobs // 2)}"
+    size = -(-max(2 * each, 4096) // 1024) * 1024
+    return f"end what else takes memory on the device, or give the build more swap (wheelhouse_swap_mb: {size})"
 
 
 def describe_failure(folder: str, component: str) -> BuildFailed:
@@ -484,13 +547,15 @@ def describe_failure(folder: str, component: str) -> BuildFailed:
     where = "whole log on the device: {}".format(os.path.join(folder, "log"))
     last = failure_tail(log)
     command = failing_command(log) or " ".join(job.get("argv", []))
-    if was_killed(returncode, log):
+    kills = _kills(folder, outcome)
+    if was_killed(returncode, log, kills):
+        counted = f", the kernel counts {kills} killed" if kills else ""
+        free = job.get("memory_available_mb")
         return BuildFailed(
-            f"the build of {component} was killed for want of memory ({job.get('jobs')} compilers at a time, "
-            f"{job.get('memory_available_mb')} MB free at its start); command: {command}",
+            f"the build of {component} was killed for want of memory ({job.get('jobs')} compilers at a time, {free} MB "
+            f"and {job.get('swap_mb', 0)} MB of swap free at its start{counted}); command: {command}",
             f"about {job.get('job_memory_mb')} MB for each compiler",
-            f"set {component}_max_jobs: 1 and add swap (8 GB boards: 16 GB), then run again: it goes on where it "
-            f"stopped. {where}",
+            f"{_more_memory(component, job)}, then run again: it goes on where it stopped. {where}",
             last,
         )
     if not outcome:
@@ -567,9 +632,9 @@ def start(request: Request, source: Optional[str]) -> Dict[str, Any]:
 
 
 def _refuse_blanks(folder: str) -> None:
-    if re.search(r"\s|[$'\"]", folder):
+    if re.search(r"\s|[,$'\"]", folder):
         raise Problem(
-            f"the build folder {folder!r} has blanks, quotes or a dollar sign in its name",
+            f"the build folder {folder!r} has blanks, quotes, commas or a dollar sign in its name",
             "a path that ninja and the compilers take as one word",
             "set jetson_platform_build_root to another folder",
         )
@@ -616,6 +681,7 @@ def check_device(request: Request) -> None:
             "the CUDA toolkit's nvcc",
             "install the toolkit (role cuda_env), or set the folder that it is in",
         )
+    _check_compiler(nvcc, request.sm)
     path = build_environment(request, 1)["PATH"]
     if not shutil.which("ninja", path=path):
         # without ninja torch calls nvcc itself, by a name of its own, and would compile for every GPU in the list
@@ -626,11 +692,39 @@ def check_device(request: Request) -> None:
         )
 
 
+def _check_compiler(nvcc: str, sm: str) -> None:
+    """Check, before anything compiles, that the compiler knows the wanted GPU."""
+    try:
+        known = nvcc_wrapper.known_gpus(nvcc)
+    except OSError as error:
+        raise Problem(
+            str(error),
+            "a compiler that lists its GPUs",
+            "install the toolkit again (role cuda_env), or set the folder that it is in",
+        ) from error
+    if not nvcc_wrapper.is_known(sm, known):
+        names = ", ".join(f"sm_{number}" for number in sorted(known, key=int))
+        raise Problem(
+            f"{nvcc} cannot compile for sm_{sm}; it knows {names}",
+            f"a CUDA toolkit that knows sm_{sm}",
+            "install the toolkit of the device's own JetPack, or correct the platform row (cuda and sm)",
+        )
+
+
+def running_jobs(root: str) -> List[str]:
+    """Return the names of the jobs below a folder that run now."""
+    names = sorted(os.listdir(root)) if root and os.path.isdir(root) else []
+    return [name for name in names if job_state(os.path.join(root, name)) == "running"]
+
+
 def _launch(request: Request) -> None:
     """Start the runner of a job, with nothing left that ties it to this process or its connection."""
     folder = request.folder
-    available = memory_available_mb()
-    jobs = choose_jobs(available, request.job_memory_mb, os.cpu_count() or 1, request.max_jobs)
+    memory = swap.free_memory()
+    each = compiler_memory_mb(request)
+    # not all that the device has: nvpmodel switches some off
+    cpus = len(os.sched_getaffinity(0))
+    jobs = choose_jobs(memory.available_mb, each, cpus, request.max_jobs, memory.swap_mb)
     _end_leftovers(folder)
     if request.sm != "cpu":
         wrapper = nvcc_wrapper.script(sys.executable)
@@ -654,8 +748,10 @@ def _launch(request: Request) -> None:
         "cwd": folder,
         "env": build_environment(request, jobs),
         "jobs": jobs,
-        "job_memory_mb": request.job_memory_mb,
-        "memory_available_mb": available,
+        "job_memory_mb": each,
+        "memory_available_mb": memory.available_mb,
+        "swap_mb": memory.swap_mb,
+        "upstream_list": takes_upstream_list(request),
         "started_at": time.time(),
     }
     build_runner.write_json(os.path.join(folder, "job.json"), job)
@@ -812,9 +908,10 @@ def result(request: Request, machine: str) -> Dict[str, Any]:
                 error["next"], os.path.join(folder, "log"), folder
             ),
         )
+    cubins = {code for one in facts["libraries"].values() for code, row in one["archs"].items() if row["cubins"]}
+    _require_exact(request, sorted(cubins))
     outcome = read_json(os.path.join(folder, "rc.json")) or {}
     ended = float(outcome.get("ended_at", time.time()))
-    cubins = {code for one in facts["libraries"].values() for code, row in one["archs"].items() if row["cubins"]}
     found = {
         "wheel": path,
         "sha256": files.sha256_file(path),
@@ -831,6 +928,24 @@ def result(request: Request, machine: str) -> Dict[str, Any]:
     }
     build_runner.write_json(os.path.join(folder, "result.json"), found)
     return found
+
+
+def _require_exact(request: Request, cubins: Sequence[str]) -> None:
+    """Check that code for no other GPU was compiled; it would mean that some call went past the wrapper."""
+    others = [code for code in cubins if code.rstrip("af") != request.sm.rstrip("af")]
+    if not others or takes_upstream_list(request):
+        return
+    raise Problem(
+        "the wheel of {} holds code for {}".format(request.component, ", ".join("sm_" + code for code in cubins)),
+        f"code for sm_{request.sm} alone",
+        "look into {} for the calls that name them: only the compiler that PYTORCH_NVCC names is held to one GPU; or "
+        "keep them, by {}={} in {}_build_flags".format(
+            os.path.join(request.folder, "log"),
+            nvcc_wrapper.LIST_VARIABLE,
+            nvcc_wrapper.UPSTREAM_LIST,
+            request.component,
+        ),
+    )
 
 
 def discard(folder: str) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 NICENESS = 10
 OOM_SCORE_ADJ = "500"
@@ -49,6 +49,70 @@ def boot_id() -> str:
     return ""
 
 
+def memory_groups(proc: str = "/proc") -> List[str]:
+    """Return the folders of the control groups that account for this process's memory, its own first, then those above.
+
+    Empty where the kernel has none, or does not show them here.
+    """
+    try:
+        with open(os.path.join(proc, "self/cgroup"), encoding="utf-8") as handle:
+            lines = [line.rstrip("\n").split(":", 2) for line in handle]
+        with open(os.path.join(proc, "self/mountinfo"), encoding="utf-8", errors="surrogateescape") as handle:
+            mounts = [line.split() for line in handle]
+    except OSError:
+        return []
+    for kind, named in (("cgroup", True), ("cgroup2", False)):
+        lists = [line for line in lines if len(line) == 3]
+        paths = [line[2] for line in lists if ("memory" in line[1].split(",") if named else not line[1])]
+        places = [_mount_of(fields, kind) for fields in mounts]
+        for path in paths:
+            for place in places:
+                if place is None or (named and "memory" not in place[2]):
+                    continue
+                inside = path[len(place[1]) :] if place[1] != "/" and path.startswith(place[1]) else path
+                folder = os.path.normpath(place[0] + "/" + inside)
+                found = _upwards(folder, os.path.normpath(place[0]))
+                if any(os.path.exists(os.path.join(one, name)) for one in found for name in _GROUP_FILES):
+                    return found
+    return []
+
+
+_GROUP_FILES = ("memory.events", "memory.oom_control")
+
+
+def _mount_of(fields: List[str], kind: str) -> Optional[Tuple[str, str, List[str]]]:
+    """Return (where it is mounted, what of it, its options) where a line of mountinfo is of a kind."""
+    if "-" not in fields:
+        return None
+    dash = fields.index("-")
+    if fields[dash + 1] != kind:
+        return None
+    return fields[4], fields[3], fields[-1].split(",")
+
+
+def _upwards(folder: str, top: str) -> List[str]:
+    found = []
+    while folder == top or folder.startswith(top + "/"):
+        found.append(folder)
+        folder = os.path.dirname(folder)
+    return found
+
+
+def oom_kills(proc: str = "/proc") -> Optional[int]:
+    """Return how many processes the kernel has killed for want of memory, or None where it doesn't count them.
+
+    Those of this process's own control group alone, where there is one; else those of the whole machine.
+    """
+    counters = [os.path.join(group, name) for group in memory_groups(proc)[:1] for name in _GROUP_FILES]
+    for path in [*counters, os.path.join(proc, "vmstat")]:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii", errors="replace") as handle:
+            for line in handle:
+                name, _blank, value = line.partition(" ")
+                if name == "oom_kill":
+                    return int(value)
+    return None
+
+
 def _be_modest() -> None:
     """Let everything else on the device go first, and let the kernel take the compiler before anything of the user."""
     os.nice(NICENESS)
@@ -61,6 +125,7 @@ def run(folder: str) -> int:
     with open(os.path.join(folder, "job.json"), encoding="utf-8") as handle:
         job: Dict[str, Any] = json.load(handle)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    kills = oom_kills()
     write_json(
         os.path.join(folder, "pid.json"),
         {
@@ -68,6 +133,7 @@ def run(folder: str) -> int:
             "start_ticks": start_ticks(os.getpid()),
             "session": os.getsid(0),
             "boot_id": boot_id(),
+            "oom_kills": kills,
             "started_at": time.time(),
         },
     )
@@ -83,9 +149,15 @@ def run(folder: str) -> int:
         print(f"{argv[0]}: {error}", flush=True)
         returncode = 127
     status = 128 - returncode if returncode < 0 else returncode
+    now = oom_kills()
     write_json(
         os.path.join(folder, "rc.json"),
-        {"rc": status, "seconds": round(time.time() - began, 1), "ended_at": time.time()},
+        {
+            "rc": status,
+            "seconds": round(time.time() - began, 1),
+            "ended_at": time.time(),
+            "oom_kills": None if kills is None or now is None else max(0, now - kills),
+        },
     )
     return status
 

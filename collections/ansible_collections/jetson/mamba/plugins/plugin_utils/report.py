@@ -17,6 +17,7 @@ Data = dict[str, Any]
 _ANSI = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-_])|\x9b[0-?]*[ -/]*[@-~]"
 )
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -57,6 +58,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value)
     return "".join(str(value))
+
+
+def without_passwords(value: Any) -> Any:
+    """Return a copy of plain data in which no URL has a user or password any more."""
+    if isinstance(value, dict):
+        return {key: without_passwords(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_passwords(item) for item in value]
+    return _CREDENTIALS.sub("***@", value) if isinstance(value, str) else value
 
 
 def clean(text: Any) -> str:
@@ -324,7 +334,7 @@ def write_reports(folder: Path, outcomes: Mapping[str, Outcome], plans: Mapping[
             "summary": text,
             "failed_at": outcome.failed_at,
             "unreachable_at": outcome.unreachable_at,
-            "plan": plans.get(host),
+            "plan": without_passwords(plans.get(host)),
             "verification": outcome.report,
         }
         fleet["hosts"][host] = {"state": state, "summary": text, "file": f"{stem}.json"}
