@@ -21,7 +21,7 @@ PYTHON_ENV := PATH="$(BIN):$$PATH" PYTHONUNBUFFERED=1
 PROVISION = $(PYTHON_ENV) $(BIN)/python tools/provision.py \
 	--fleet '$(FLEET)' $(if $(INVENTORY),--inventory '$(INVENTORY)') $(if $(ARGS),--args '$(ARGS)')
 
-.PHONY: help venv provision check verify fleet-up fleet-down test lint unit molecule lock bundle open clean
+.PHONY: help venv provision check verify fleet-up fleet-down test test-cuda test-browser lint unit molecule lock bundle open clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -51,6 +51,15 @@ fleet-down: $(STAMP) ## stop the simulated fleet and remove its hosts
 
 test: $(STAMP) ## everything that CI runs
 	@$(PYTHON_ENV) $(BIN)/python tools/run_tests.py $(STAGES)
+
+# A lane of its own: CI has no time for it.
+test-cuda: $(STAMP) ## one kernel of upstream's through the whole chain by a real nvcc: 6 minutes, 1 GB of disk
+	@$(PYTHON_ENV) $(BIN)/python tools/provision.py prepare
+	$(PYTHON_ENV) pytest tests/cuda -v
+
+test-browser: $(STAMP) ## the fleet report in a headless Chromium (as root on Debian it is installed)
+	$(PYTHON_ENV) python tests/browser/need_chromium.py
+	$(PYTHON_ENV) pytest tests/browser
 
 lint: $(STAMP) ## ruff, mypy, yamllint, ansible-lint
 	$(PYTHON_ENV) ruff check .

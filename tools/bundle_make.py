@@ -24,6 +24,7 @@ from ansible_collections.jetson.mamba.plugins.module_utils import plan, versions
 from ansible_collections.jetson.mamba.plugins.module_utils import wheels as wheel_files
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_passwords, without_userinfo
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
 from ansible_collections.jetson.mamba.plugins.plugin_utils import (
     components,
@@ -191,6 +192,7 @@ class Maker:
         self.collection = Collection()
         self.tick = fetch.Ticker(detail, PROGRESS_SECONDS)
         self._own: dict[str, dict[str, Any]] = {}
+        self._logins: set[str] = set()
 
     # -- the controller's own packages
 
@@ -297,7 +299,7 @@ class Maker:
             elif part["kind"] == "archive":
                 self.add_cached(part["sha256"], self.cache.find(part["sha256"], fetch.filename_of(part["url"])))
             elif part["kind"] == "git":
-                bare = hashlib.sha256(part["url"].encode()).hexdigest()[:16] + ".git"
+                bare = sources.bare_name(part["url"])
                 self.collection.add_folder(f"{CACHE}/git/{bare}", self.cache.root / "git" / bare)
 
     def add_cached(self, sha256: str, path: Path | None) -> None:
@@ -322,8 +324,11 @@ class Maker:
         return f"{OWN_MARK}/{name}"
 
     def note(self, setting: str, value: Any) -> None:
-        """Record a setting as it must be where the bundle is opened."""
-        self._own.setdefault(setting, {})[json.dumps(value, sort_keys=True)] = value
+        """Record a setting as it must be where the bundle is opened, without users and passwords."""
+        clean = without_userinfo(value)
+        if clean != value:
+            self._logins.add(setting)
+        self._own.setdefault(setting, {})[json.dumps(clean, sort_keys=True)] = clean
 
     def note_settings(self, settings: Data, extra: Data) -> None:
         """Record every setting that names a file or a folder of this machine, and what -e has set."""
@@ -378,10 +383,14 @@ class Maker:
                 self.collection.left_out.append(
                     f"the setting {name}: it differs between hosts; its files are in {OWN}/ for your inventory to name"
                 )
+        if self._logins:
+            self.collection.left_out.append(
+                f"users and passwords in {', '.join(sorted(self._logins))}: write them into ~/.netrc where it is opened"
+            )
 
     # -- what lies in the cache
 
-    def add_whole_cache(self) -> None:
+    def add_whole_cache(self, stage: Path) -> None:
         """Add every file of the cache: what a run with an inventory has fetched, and what is there beside it."""
         root = self.cache.root
         for path in sorted((root / "files").glob("*/*")):
@@ -394,23 +403,19 @@ class Maker:
         if (root / "git").is_dir():
             for bare in sorted((root / "git").glob("*.git")):
                 self.collection.add_folder(f"{CACHE}/git/{bare.name}", bare)
-        self.add_debian_packages(None)
-        self.add_trust(None)
+        self.add_debian_packages(None, stage)
+        self.add_trust(None, stage)
 
-    def add_trust(self, urls: Iterable[str] | None, stage: Path | None = None) -> None:
+    def add_trust(self, urls: Iterable[str] | None, stage: Path) -> None:
         """Add the checksums that were accepted on first use: all, or those of some URLs."""
         known = self.cache.read_trust()
-        if urls is None or stage is None:
-            if known:
-                self.collection.add(f"{CACHE}/trust.json", self.cache.root / "trust.json")
-            return
-        files = {url: known[url] for url in sorted(set(urls)) if url in known}
-        if files:
-            text = json.dumps({"schema": 1, "files": files}, indent=2, sort_keys=True) + "\n"
-            (stage / "trust.json").write_text(text, encoding="utf-8")
+        wanted = sorted(known if urls is None else {without_userinfo(url) for url in urls} & set(known))
+        if wanted:
+            text = json.dumps({"schema": 1, "files": {url: known[url] for url in wanted}}, indent=2, sort_keys=True)
+            (stage / "trust.json").write_text(text + "\n", encoding="utf-8")
             self.collection.add(f"{CACHE}/trust.json", stage / "trust.json")
 
-    def add_debian_packages(self, machines: Iterable[str] | None) -> int:
+    def add_debian_packages(self, machines: Iterable[str] | None, stage: Path) -> int:
         """Add the locks of Debian packages and what they name, for some machines or all; return how many locks."""
         names = {"aarch64": "arm64", "x86_64": "amd64"}
         wanted = None if machines is None else {names.get(machine, machine) for machine in machines}
@@ -425,7 +430,13 @@ class Maker:
             if wanted is not None and architectures and not architectures & wanted:
                 continue
             count += 1
-            self.collection.add(f"{CACHE}/debs/{listing.name}", listing)
+            if without_userinfo(data) != data:  # a device's own apt sources may name a password
+                copy = stage / "debs" / listing.name
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_text(json.dumps(without_userinfo(data), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                self.collection.add(f"{CACHE}/debs/{listing.name}", copy)
+            else:
+                self.collection.add(f"{CACHE}/debs/{listing.name}", listing)
             for digest in sorted(set(values_of(data, "sha256"))):
                 for place in (self.cache.root / "files" / digest, folder / digest):
                     for path in sorted(place.glob("*")) if place.is_dir() else []:
@@ -453,7 +464,8 @@ class Maker:
                         inside = path.relative_to(self.wheelhouse.root).as_posix()
                         self.collection.add(f"{WHEELHOUSE}/{inside}", path)
             if rows:
-                text = json.dumps({"schema": wheelhouse.SCHEMA, "class_id": class_id, "wheels": rows}, sort_keys=True)
+                listed = {"schema": wheelhouse.SCHEMA, "class_id": class_id, "wheels": without_userinfo(rows)}
+                text = json.dumps(listed, sort_keys=True)
                 copy = stage / f"{class_id}.json"
                 copy.write_text(text + "\n", encoding="utf-8")
                 self.collection.add(f"{WHEELHOUSE}/{class_id}/manifest.json", copy)
@@ -759,12 +771,12 @@ def gather(
         maker.note_settings(one, extra)
     maker.settle()
     if options.inventory and not wanted:
-        maker.add_whole_cache()
+        maker.add_whole_cache(stage)
         wheels = maker.add_wheelhouse(stage, None)
     else:
         chosen = [wheel for row, one in wanted for wheel in wishes.choose_wheels(row, one)[0]]
         maker.add_trust([wheel["url"] for wheel in chosen if wheel.get("url")], stage)
-        if not maker.add_debian_packages({row["machine"] for row, _one in wanted}):
+        if not maker.add_debian_packages({row["machine"] for row, _one in wanted}, stage):
             maker.collection.left_out.append(
                 "Debian packages: which ones a device lacks only the device can say (INVENTORY without PLATFORMS)"
             )
@@ -785,7 +797,7 @@ def run_fetch_playbook(options: argparse.Namespace) -> None:
     given = {name: str(folder.expanduser().absolute()) for name, folder in folders.items() if folder}
     if given:
         argv += ["-e", json.dumps(given)]
-    tell("$ " + shlex.join(provision.shorten(word) for word in argv))
+    tell(without_passwords("$ " + shlex.join(provision.shorten(word) for word in argv)))
     status, _output = provision.execute(argv, provision.environment(), False)
     if status:
         raise Problem(
@@ -802,7 +814,7 @@ def pack(
     entries = maker.collection.sorted()
     size = total(entries)
     check_room([(options.output, size + len(entries) * 1536 + BLOCK, "the bundle")])
-    left_out = [*maker.collection.left_out, *(f"not committed: {name}" for name in dirty)]
+    left_out = without_passwords([*maker.collection.left_out, *(f"not committed: {name}" for name in dirty)])
     manifest = {
         "schema": SCHEMA,
         "project": TOP,
@@ -823,7 +835,7 @@ def pack(
     mtime = int(git("log", "-1", "--format=%ct", commit))
     digest = write_bundle(target, manifest, entries, mtime)
     tell(f"{os.path.relpath(target)}: {in_words(target.stat().st_size)}, sha256 {digest}")
-    for line in maker.collection.left_out:
+    for line in without_passwords(maker.collection.left_out):
         detail(f"left out: {line}")
     detail("your inventory and your keys are not in it: carry them yourself")
     detail(f"there: sha256sum -c {target.name}.sha256 && tar xf {target.name} && cd {TOP} && make open")

@@ -117,7 +117,7 @@ class Provisioner:
         if self.inventory is not None:
             inventory = self.user_inventory()
             if action == "provision":
-                tell("a first run compiles on each device, 40 minutes on an Orin by estimate")
+                tell("a first run compiles once for each kind of device, 40 minutes on an Orin by estimate")
         else:
             self.fleet_up()
             inventory = str(self.simulated_inventory)

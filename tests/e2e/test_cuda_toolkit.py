@@ -1,4 +1,4 @@
-"""A device without the wanted CUDA toolkit: named by the preflight, installed from the device's own apt source."""
+"""A device without the wanted CUDA toolkit: named by the preflight, looked for before any change, then installed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ PLAYBOOK = [
 ]
 
 
+INSTALL = ("-e", "cuda_env_install=true")
+# the apt source above is reached on the device only
+OWN_APT = (*INSTALL, "-e", "debian_packages_source=device")
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Return a fleet of one host, which has no CUDA toolkit but an apt source that holds one."""
@@ -65,19 +70,48 @@ def test_a_missing_toolkit_is_refused_with_the_package_to_install(bare: Fleet) -
     assert "cuda_env_install=true" in output
 
 
+def toolkit(bare: Fleet) -> str:
+    """Return whether the host has a toolkit."""
+    return bare.root(HOST, "test -e /usr/local/cuda-12.6 && echo there || echo absent").strip()
+
+
+@pytest.mark.parametrize("stage", ["fetch", "role"])
+def test_what_the_controller_cannot_reach_ends_the_run_before_any_change(bare: Fleet, stage: str) -> None:
+    """Where it is fetched ahead as well as where the role is used alone."""
+    if stage == "fetch":
+        run = bare.playbook("playbooks/fetch.yml", *INSTALL)
+        status, output, changed = run.status, words(run.output), run.recap[HOST]["changed"]
+    else:
+        status, output, changed = playbook(bare, *INSTALL)
+    assert status != 0
+    assert changed == 0
+    assert "file:/srv/apt" in output
+    assert "debian_packages_source: device" in output
+    assert toolkit(bare) == "absent"
+
+
 def test_check_says_that_it_would_be_installed(bare: Fleet) -> None:
-    status, output, changed = playbook(bare, "--check", "--diff", "-e", "cuda_env_install=true")
+    status, output, changed = playbook(bare, "--check", "--diff", *OWN_APT)
     assert status == 0
     assert changed > 0
-    assert "cuda-toolkit-12-6" in output
-    assert "absent" in bare.root(HOST, "test -e /usr/local/cuda-12.6 && echo there || echo absent")
+    assert "+cuda-toolkit-12-6 12.6.11-1" in output
+    assert toolkit(bare) == "absent"
+
+
+def test_a_check_of_the_fetch_names_it_too(bare: Fleet) -> None:
+    run = bare.playbook("playbooks/fetch.yml", "--check", *OWN_APT)
+    assert run.status == 0
+    assert run.recap[HOST]["changed"] == 0
+    assert "own apt would fetch" in run.output
+    assert "cuda-toolkit-12-6" in run.output
 
 
 def test_it_is_installed_where_the_setting_says_so(bare: Fleet) -> None:
-    status, _output, changed = playbook(bare, "-e", "cuda_env_install=true")
+    status, _output, changed = playbook(bare, *OWN_APT)
     assert status == 0
     assert changed > 0
+    assert toolkit(bare) == "there"
     assert "CUDA_HOME=/usr/local/cuda-12.6" in bare.ssh(HOST, "env")
-    again, _output, changes = playbook(bare, "-e", "cuda_env_install=true")
+    again, _output, changes = playbook(bare, *OWN_APT)
     assert again == 0
     assert changes == 0

@@ -64,11 +64,13 @@ def wish(
     version: str = "",
     source: str = SOURCE,
     flags: Sequence[str] = (),
+    special: str | None = None,
 ) -> Wish:
-    """Return the wish for a component, with the key that belongs to it."""
+    """Return the wish for a component, with the key that belongs to it. One with flags is special."""
+    special = special or (f"{component}_build_flags is set" if flags else None)
     version = version or VERSIONS[component]
     key = build_key(component, version, source, class_id, parse_class_id(class_id).sm, list(flags))
-    return Wish(component, component.replace("_", "-"), version, key, class_id, source, tuple(flags))
+    return Wish(component, component.replace("_", "-"), version, key, class_id, source, tuple(flags), special)
 
 
 def stock(house: Wheelhouse, wanted: Wish, wheel: Path, host: str = "orin-z") -> dict[str, Any]:
@@ -99,6 +101,7 @@ def plan_of(
     outcomes: Sequence[str] = ("causal_conv1d", "mamba_ssm"),
     unfit: Sequence[str] = (),
     source: str = SOURCE,
+    special: str | None = None,
     **wheelhouse: Any,
 ) -> dict[str, Any]:
     """Return the parts of a host's plan that the choice of builders looks at.
@@ -106,6 +109,7 @@ def plan_of(
     Args:
         unfit: why the host cannot build, any component.
         source: digest of the components' source, so that keys differ.
+        special: why wheels that others built will not do.
         wheelhouse: options of the role wheelhouse, without its prefix.
     """
     return {
@@ -123,6 +127,7 @@ def plan_of(
                 "source": None,
                 "source_sha256": source,
                 "build_flags": [],
+                "special": special,
                 "max_jobs": 0,
                 "minutes": 13,
                 "disk_mb": 300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from ansible.errors import AnsibleError
 from ansible_collections.jetson.mamba.plugins.action import builders
+from ansible_collections.jetson.mamba.plugins.plugin_utils import wheelhouse
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
-from tests.unit.plugins.supply_kit import CPU, ORIN, damage, plan_of, real_wheel, stock, wish
+from tests.unit.plugins.supply_kit import CPU, ORIN, damage, plan_of, real_wheel, stock, stock_imported, wish
 
 ONE = {"components": ["mamba_ssm"], "outcomes": ["mamba_ssm"]}
 
@@ -38,7 +40,9 @@ class Run:
         self.groups: dict[str, list[str]] = {"jetsons": [*hosts], "builders": []}
         self.lost: list[str] = []
 
-    def choose(self, check: bool = False, reachable: Sequence[str] | None = None, **arguments: Any) -> dict[str, Any]:
+    def choose(
+        self, check: bool = False, reachable: Sequence[str] | None = None, registered: Any = None, **arguments: Any
+    ) -> dict[str, Any]:
         here = [host for host in (reachable or self.hosts) if host not in self.lost]
         return Choice(check, **arguments).run(
             None,
@@ -47,6 +51,7 @@ class Run:
                 "groups": self.groups,
                 "ansible_play_hosts": here,
                 "ansible_play_hosts_all": [*self.hosts],
+                **({"__wheelhouse_choice": registered} if registered else {}),
             },
         )
 
@@ -257,6 +262,62 @@ def test_a_faulty_wheel_is_the_reason_of_a_rebuild(house: Path, tmp_path: Path) 
     assert row["sha256"] in job["reasons"][0] and building(answer) == {"a": ["mamba_ssm"]}
     assert answer["hosts"]["a"]["components"]["mamba_ssm"] == {"served": None}
     assert store.look(ORIN, row["key"]).row == row, "it is set aside by the one who builds"
+
+
+def test_a_wheel_is_read_whole_once_a_run(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = stock(Wheelhouse(house), wish("mamba_ssm"), real_wheel(tmp_path, "mamba_ssm"))
+    hashed: list[str] = []
+    real = wheelhouse.sha256_file
+    monkeypatch.setattr(wheelhouse, "sha256_file", lambda path: hashed.append(path) or real(path))
+    run = Run(house, a={}, b={}, c={"trust_on_first_use": True})
+    run.hosts["a"]["__wheelhouse_choice"] = run.choose()
+    assert len(hashed) == 1 and len(run.hosts["a"]["__wheelhouse_choice"]["verified"]) == 1
+    assert run.choose(registered=run.hosts["a"]["__wheelhouse_choice"])["hosts"]["a"]["builds"] == []
+    assert len(hashed) == 1, "once in a run"
+    path = Wheelhouse(house).path_of(row)
+    before = path.stat()
+    os.utime(damage(Wheelhouse(house), row), ns=(before.st_atime_ns, before.st_mtime_ns))
+    answer = run.choose()
+    assert building(answer) == {"a": ["mamba_ssm"]} and answer["verified"] == [], "the next run finds what rotted"
+
+
+def test_what_one_host_cannot_take_is_built_for_all_that_want_the_same(house: Path, tmp_path: Path) -> None:
+    stock_imported(Wheelhouse(house), wish("mamba_ssm"), real_wheel(tmp_path, "mamba_ssm"))
+    assert building(Run(house, a={}, b={}).choose()) == {}
+    answer = Run(house, a={}, b={"special": "mamba_ssm_build_flags is set"}).choose()
+    (job,) = answer["hosts"]["a"]["builds"]
+    assert job["hosts"] == ["a", "b"] and "is not used: mamba_ssm_build_flags is set" in job["reasons"][0]
+
+
+# --- a host's own part ---
+
+
+def test_a_host_takes_its_part_without_a_template(house: Path) -> None:
+    run = Run(house, a={}, b={"class_id": CPU, "build": False})
+    choice = run.choose()
+    own = {"inventory_hostname": "a", "mine": choice}
+    part = Choice(choice="mine").run(None, own)
+    assert part["builds"] == choice["hosts"]["a"]["builds"] and part["waits"] == {"mamba_ssm": "built on a"}
+    assert part["again"] is True and part["changed"] is False and "hosts" not in part
+    refused = Choice(choice="mine").run(None, {**own, "inventory_hostname": "b"})
+    assert refused["failed"] and refused["msg"] == choice["problems"]["b"] and "wheelhouse_build" in refused["msg"]
+    late = Choice(choice="mine").run(None, {**own, "inventory_hostname": "late"})
+    assert late["builds"] == [] and late["components"] == {} and not late.get("failed")
+    for wrong in ({}, {"mine": {"failed": True}}, {"mine": "text"}):
+        answer = Choice(choice="mine").run(None, {"inventory_hostname": "a", **wrong})
+        assert answer["failed"] and "mine holds no choice" in answer["msg"]
+
+
+def test_a_builder_of_a_class_that_nobody_has_is_named(house: Path) -> None:
+    run = Run(house, a={}, spare={"class_id": CPU}, good={})
+    run.groups = {"jetsons": ["a"], "builders": ["spare", "good"]}
+    (warning,) = run.choose()["warnings"]
+    assert "spare" in warning and CPU in warning and ORIN in warning and "good" not in warning
+    assert "warnings" not in run.choose(registered=run.choose()), "once in a run"
+    run.groups["jetsons"] = ["a", "spare"]
+    assert "warnings" not in run.choose()
 
 
 def test_changed_inputs_are_the_reason_of_a_rebuild(house: Path, tmp_path: Path) -> None:

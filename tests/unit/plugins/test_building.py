@@ -108,6 +108,16 @@ def test_a_failure_brings_the_log(order: building.Order, tmp_path: Path) -> None
     assert str(copy) in caught.value.result["msg"] and caught.value.result["msg"].startswith("found: x")
 
 
+@pytest.mark.parametrize("host", ["../x", "a/b", "/etc", "fe80::1%eth0", ".."])
+def test_no_host_name_leads_out_of_the_folder_of_logs(order: building.Order, tmp_path: Path, host: str) -> None:
+    fake = FakeDevice(start=[START[1]], poll=[{"state": "failed"}], result=[{"failed": True, "msg": "found: x"}])
+    logs = tmp_path / "deep" / "logs"
+    with pytest.raises(building.StepFailed):
+        building.follow(dataclasses.replace(fake.device(), host=host), order, str(logs))
+    (log,) = tmp_path.rglob("*.log")
+    assert log.parent.parent == logs
+
+
 def test_a_build_that_could_not_begin_is_no_failed_build(order: building.Order, tmp_path: Path) -> None:
     """Another host of the class may have the room that this one lacks."""
     fake = FakeDevice(start=[{"failed": True, "msg": "found: 10 MB free"}])
@@ -326,7 +336,7 @@ def test_the_key_follows_the_patches_of_the_source(tmp_path: Path) -> None:
     assert patched.key != plain.key and patched.source.sha256 != plain.source.sha256
     older = building.make_order({**options, "patch_root": patch_root, "companions": {"mamba_ssm": "2.1"}})
     assert older.key == plain.key
-    spec = build_wheel.argument_spec()
+    spec = {name: row for name, row in build_wheel.argument_spec().items() if name not in build_wheel.ON_CONTROLLER}
     arguments = {**{name: option.get("default") for name, option in spec.items()}, **plain.arguments}
     assert set(plain.arguments) <= set(spec) and build_wheel.make_request(arguments).user
     assert not build_wheel.make_request({**arguments, "scope": "venv"}).user

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 from ansible_collections.jetson.mamba.plugins.action import component
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.modules.component import ON_DEVICE, PATHS_ON_DEVICE
 from ansible_collections.jetson.mamba.plugins.plugin_utils import building, components, sources
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 from tests.unit.plugins.fake_device import Receiving
 from tests.unit.plugins.supply_kit import ORIN, SOURCE, damage, real_wheel, sha256, stock, stock_imported, wish
+from tests.unit.plugins.wheel_kit import make_elf, make_wheel
 
 WANTED = wish()
 
@@ -32,6 +35,7 @@ class Device(Receiving, component.ActionModule):
         self.lacks: list[str] = []
         self.builds = builds
         self.arrived: dict[str, str] = {}
+        self.told: list[dict[str, Any]] = []
 
     def _make_tmp_path(self, _remote_user: Any = None) -> str:
         self._connection._shell.tmpdir = "/ansible-tmp"
@@ -56,6 +60,7 @@ class Device(Receiving, component.ActionModule):
 
     def answer_component(self, arguments: dict[str, Any]) -> dict[str, Any]:
         assert arguments["key"] == WANTED.key
+        self.told.append(arguments)
         if arguments["mode"] == "query":
             return {"changed": False, **self.installed}
         wheel = Path(arguments["wheel"])
@@ -146,6 +151,8 @@ def test_a_served_component_is_sent_installed_and_remembered(
         "wheel": wheel.name,
         "wheel_sha256": sha256(wheel),
     }
+    for told in device.told:
+        assert set(told) <= set(ON_DEVICE) and set(told["paths"]) == set(PATHS_ON_DEVICE)
     assert result["reason"] == "causal_conv1d is not installed"
     assert result["diff"]["before"] == "" and WANTED.key[:12] in result["diff"]["after"]
 
@@ -276,3 +283,36 @@ def test_a_task_without_a_plan_says_where_it_comes_from(
     result = run(Device({**arguments, **change}))
     assert result["failed"] and found in result["msg"] and "jetson_platform" in result["msg"]
     assert set(result["problem"]) == set(Problem("a", "b", "c").as_dict())
+
+
+def test_a_password_of_a_source_reaches_neither_device_nor_result(
+    arguments: dict[str, Any], house: Wheelhouse, tmp_path: Path
+) -> None:
+    stock(house, WANTED, real_wheel(tmp_path / "made"))
+    sources = [{"index": "https://alice:secret@wheels.invalid/simple"}]
+    arguments["wheelhouse"]["sources"] = sources
+    arguments["source"] = {"kind": "git", "url": "https://alice:secret@git.invalid/x", "commit": "a" * 40}
+    device = Device(arguments)
+    result = run(device)
+    assert result["changed"] and "secret" not in json.dumps([device.told, result])
+
+
+def test_a_trap_wheel_is_refused_with_its_reason_and_nothing_is_changed(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trap = tmp_path / "archive" / "causal_conv1d-1.6.0-cp310-cp310-linux_aarch64.whl"
+    trap.parent.mkdir()
+    x86 = {"causal_conv1d_cuda.cpython-310-aarch64-linux-gnu.so": make_elf("x86_64")}
+    made = make_wheel(tmp_path, "causal_conv1d", "1.6.0", "cp310-cp310-linux_aarch64", "cp310-cp310-linux_x86_64", x86)
+    shutil.move(made, trap)
+    said: list[str] = []
+    monkeypatch.setattr(component.Display, "display", lambda _self, text, *_more, **_words: said.append(text))
+    arguments["wheelhouse"].update(sources=[{"folder": str(trap.parent)}], build=False)
+    device = Device(arguments)
+    result = run(device)
+    assert result["failed"] and device.calls == ["component query"] and device.steps == []
+    (line,) = [line for line in said if "not from" in line]
+    for text in (line, result["problem"]["found"]):
+        assert f"folder {trap.parent}: {trap.name}" in text and "its WHEEL file says cp310-cp310-linux_x86_64" in text
+        assert "is for x86_64" in text
+    assert "wheelhouse_build is false" in result["problem"]["expected"] and result["problem"]["next"]

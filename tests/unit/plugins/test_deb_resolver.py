@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import http.server
 import json
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.jetson.mamba.plugins.module_utils import apt_root, debs
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, fetch
+from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, fetch, transfer
 from ansible_collections.jetson.mamba.plugins.plugin_utils.deb_resolver import Resolver
 
 with_apt = pytest.mark.skipif(
@@ -236,15 +240,119 @@ def test_without_apt_the_other_ways_are_named(resolver: Resolver, monkeypatch: p
 def test_sources_of_the_device_and_the_users_own_are_put_together() -> None:
     own = debs.parse_one_line("deb http://ports/ jammy main\ndeb file:/var/cuda /\n")
     mine = "deb [signed-by=/k.gpg] https://nvidia/ /"
-    sources, dropped = deb_resolver._sources(describe(sources=own), [debs.DEVICE, mine])
+    sources, dropped, logins = deb_resolver._sources(describe(sources=own), [debs.DEVICE, mine])
+    assert logins == []
     assert [row["URIs"] for row in sources] == ["http://ports/", "https://nvidia/"]
     assert dropped == ["file:/var/cuda (reached on the device only)"]
     assert [row["URIs"] for row in deb_resolver._sources(describe(sources=own), [])[0]] == ["http://ports/"]
     assert [row["URIs"] for row in deb_resolver._sources(describe(sources=own), [mine])[0]] == ["https://nvidia/"]
     with pytest.raises(Problem, match="debian_packages_repositories: 'ppa:x'"):
         deb_resolver._sources(describe(), ["ppa:x"])
-    with pytest.raises(Problem, match="file:/var/cuda"):
+    with pytest.raises(Problem, match="file:/var/cuda") as caught:
         deb_resolver._sources(describe(sources=own[1:]), [])
+    for setting in ("debian_packages_source: device", "debian_packages_repositories", "debian_packages_source: folder"):
+        assert setting in caught.value.next_step
+
+
+# ---------------------------------------------------------------- passwords
+
+SECRET = "pw@99"
+
+
+class Guarded(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder to bob alone."""
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") == "Basic " + base64.b64encode(f"bob:{SECRET}".encode()).decode():
+            return super().do_GET()
+        self.send_error(401)
+
+    def log_message(self, *_words: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def guarded(line: str, tmp_path: Path) -> Iterator[str]:
+    """Return the address of the repository on a server that asks for a password."""
+    handler = functools.partial(Guarded, directory=str(tmp_path / "repository"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@with_apt
+@pytest.mark.parametrize("helper", [deb_resolver.HELPER, "/no/apt-helper"])
+@pytest.mark.parametrize("of_the_device", [True, False])
+def test_a_password_in_a_source_is_used_and_kept_nowhere(
+    resolver: Resolver,
+    cache: fetch.Cache,
+    guarded: str,
+    said: list[str],
+    helper: str,
+    of_the_device: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(deb_resolver, "HELPER", helper)
+    run = apt_root.run
+    monkeypatch.setattr(apt_root, "run", lambda argv: (commands.append(list(argv)), run(argv))[1])
+    source = f"deb [trusted=yes] http://bob:pw%4099@{guarded}/ ./"
+    repositories = [] if of_the_device else [source]
+    described = describe(sources=debs.parse_sources(source) if of_the_device else [])
+    resolution, paths = resolver.ensure(described, wish("gcc"), repositories)
+    assert [path.read_text() for path in paths] == ["gcc 4:12.2"]
+    assert resolution.packages[0]["url"].startswith(f"http://{guarded}/")
+    kept = [path.name.encode() + path.read_bytes() for path in cache.root.rglob("*") if path.is_file()]
+    shown = [resolution.lock.read_bytes(), repr((resolution, commands, said)).encode(), *kept]
+    assert len(kept) > 4
+    assert not [data for data in shown if b"bob" in data or b"pw%40" in data or SECRET.encode() in data]
+    # another password, the same packages
+    changed = [row | {"URIs": row["URIs"].replace("pw%4099", "new")} for row in described["sources"]]
+    again = resolver.resolve(
+        {**described, "sources": changed}, wish("gcc"), [s.replace("99", "1") for s in repositories]
+    )
+    assert again.reused
+
+
+@with_apt
+def test_a_wrong_password_is_told_and_not_shown(resolver: Resolver, cache: fetch.Cache, guarded: str) -> None:
+    with pytest.raises(Problem, match=r"no apt source has gcc.*401") as caught:
+        resolver.resolve(describe(), wish("gcc"), [f"deb [trusted=yes] http://bob:hush@{guarded}/ ./"])
+    assert "hush" not in caught.value.render()
+    assert not any(b"hush" in path.read_bytes() for path in cache.root.rglob("*") if path.is_file())
+    with pytest.raises(Problem, match="a blank") as caught:
+        resolver.resolve(describe(), wish("gcc"), [f"deb [trusted=yes] http://bob:hush%20it@{guarded}/ ./"])
+    assert "hush" not in caught.value.render()
+    with pytest.raises(Problem, match="debian_packages_repositories") as caught:
+        resolver.resolve(describe(), wish("gcc"), ["http://bob:hush@host/"])
+    assert "hush" not in caught.value.render()
+
+
+def test_the_logins_for_apt_are_its_owners_alone_and_the_machines_own_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deb_resolver, "APT_LOGINS", tmp_path / "auth.conf")
+    (tmp_path / "auth.conf").write_text("machine own login me password mine\n")
+    with deb_resolver._logins_of_apt(["https://a:b%23@host:8443/deb/", "https://a:b%23@host:8443/deb/"]) as options:
+        path = Path(options[1].partition("=")[2])
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.read_text() == (
+            "machine https://host:8443/deb login a password b#\nmachine own login me password mine\n"
+        )
+    assert not path.exists()
+    with deb_resolver._logins_of_apt([]) as options:
+        assert options == []
+
+
+def test_the_packages_travel_under_their_names_as_far_as_they_are_here(cache: fetch.Cache, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("gcc")
+    digest = hashlib.sha256(b"gcc").hexdigest()
+    path = cache.take(tmp_path / "x", digest, "gcc_1_arm64.deb")
+    rows = [{"filename": "gcc_1_arm64.deb", "sha256": digest}, {"filename": "g++_1_arm64.deb", "sha256": "0" * 64}]
+    assert deb_resolver.parcels(rows, cache) == [transfer.Parcel(str(path), digest, "gcc_1_arm64.deb")]
 
 
 def test_the_private_root_holds_the_devices_keys_and_pins(tmp_path: Path) -> None:

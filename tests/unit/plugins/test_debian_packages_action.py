@@ -14,7 +14,7 @@ import yaml
 from ansible_collections.jetson.mamba.plugins.action import debian_packages
 from ansible_collections.jetson.mamba.plugins.module_utils import deb_install, debs
 from ansible_collections.jetson.mamba.plugins.modules import debian_packages as module
-from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, transfer
+from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, fetch, transfer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -265,6 +265,78 @@ def test_check_mode_with_the_devices_own_apt_simulates() -> None:
     device = Device({"names": ["g++"], "source": "device"}, check=True)
     device.answers["simulate"] = {"failed": True, "msg": "no lists"}
     assert device.result()["diff"]["after"] == "g++\n"
+
+
+def test_a_name_asked_for_twice_is_one(resolved: list[dict[str, Any]]) -> None:
+    device = Device({"names": ["g++", "gcc", "g++"]})
+    assert device.result()["changed"] is True
+    assert resolved[0]["names"] == ["g++", "gcc"]
+
+
+def test_the_files_for_a_relay_are_told_after_the_fetch(resolved: list[dict[str, Any]], tmp_path: Path) -> None:
+    device = Device({"names": ["g++"], "state": "fetched"})
+    digests = [hashlib.sha256(name).hexdigest() for name in (b"gcc", b"g++")]
+    assert device.result()["files"] == [
+        {"filename": "gcc_12_arm64.deb", "sha256": digests[0]},
+        {"filename": "g++_12_arm64.deb", "sha256": digests[1]},
+    ]
+    device = Device({"names": ["g++"], "state": "fetched", "source": "device"})
+    assert device.result()["files"] == []
+    device = Device({"names": ["g++"], "state": "fetched"})
+    device.installed = ["g++"]
+    assert device.result()["files"] == []
+
+
+def test_a_check_of_the_fetch_says_what_would_be_fetched(resolved: list[dict[str, Any]], tmp_path: Path) -> None:
+    arguments = {"names": ["g++"], "state": "fetched", "cache": str(tmp_path / "cache")}
+    device = Device(arguments, check=True)
+    assert device.result()["changed"] is False
+    assert device.lines == ["would fetch 2 of 2 Debian packages, 0.0 MB; the device needs gcc 12, g++ 12"]
+    assert resolved[0]["fetch"] is False
+    cache = fetch.Cache(tmp_path / "cache")
+    for name in ("gcc", "g++"):
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        cache.take(tmp_path / f"{name}.deb", digest, f"{name}_12_arm64.deb", move=False)
+    device = Device(arguments, check=True)
+    device.result()
+    assert "in the controller's cache: gcc 12, g++ 12" in device.lines[0]
+    device = Device({**arguments, "source": "device"}, check=True)
+    device.result()
+    assert device.lines == ["the device's own apt would fetch g++, with all that they need"]
+    assert device.modes == ["query"]
+    folder = make_folder(tmp_path / "debs")
+    device = Device({**arguments, "names": ["g++"], "source": "folder", "folder": str(folder)}, check=True)
+    device.result()
+    assert device.lines == [f"{folder} has g++ 4:12"]
+
+
+def test_no_password_is_in_what_a_failure_of_the_device_says() -> None:
+    device = Device({"names": ["g++"], "source": "device"})
+    said = "Failed to fetch https://bob:pw99@repo/x  401"
+    device.answers["install"] = {"failed": True, "msg": said, "problem": {"found": said}}
+    result = device.result()
+    assert result["failed"] and "pw99" not in repr(result) and "repo/x" in result["msg"]
+
+
+@pytest.mark.parametrize("said", [None, {"rate_limit_kbit": 8, "relay": "other"}])
+def test_files_travel_as_the_plan_says(
+    resolved: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, said: dict[str, Any] | None
+) -> None:
+    """No task has to repeat it: a task that names no transfer has the plan's rate limit and relay."""
+    couriers: list[transfer.Courier] = []
+
+    def delivered(courier: transfer.Courier, _parcels: Any) -> Any:
+        couriers.append(courier)
+        return contextlib.nullcontext("/tmp/delivery")
+
+    monkeypatch.setattr(transfer.Courier, "delivered", delivered)
+    device = Device({"names": ["g++"], **({"transfer": said} if said else {})})
+    monkeypatch.setattr(device, "_courier", lambda arguments: debian_packages.ActionModule._courier(device, arguments))
+    plan = {"transfer": {"rate_limit_kbit": 64, "relay": "orin-relay"}}
+    assert device.result(jetson_platform_plan=plan)["changed"] is True
+    assert [(courier._relay, courier._rate_kbit) for courier in couriers] == (
+        [("other", 8)] if said else [("orin-relay", 64)]
+    )
 
 
 def test_the_role_the_module_and_the_action_have_the_same_options() -> None:

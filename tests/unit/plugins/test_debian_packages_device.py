@@ -117,6 +117,8 @@ def test_only_the_files_that_came_are_installed(
     assert "Dir::Etc::sourcelist=/dev/null" in installing
     assert "Dpkg::Options::=--force-confold" in installing
     assert "--no-install-recommends" in installing
+    assert "--no-remove" in installing
+    assert {"APT::Get::AutomaticRemove=false", "APT::Get::allow-downgrades=false"} <= set(installing)
     # asked for: gcc alone; libc6 was automatic and stays so
     assert programs.calls[-1] == ["apt-mark", "auto", "libgcc:arm64", "libc6:arm64"]
 
@@ -130,6 +132,11 @@ def installs(programs: Programs) -> list[list[str]]:
     [
         ("Inst gcc (12 x [arm64])\nRemv less [590]\n", "less 590 removed"),
         ("Inst nvidia-l4t-core [36.4] (36.5 x [arm64])\n", "nvidia-l4t-core"),
+        ("Inst nvidia-l4t-core:arm64 [36.4] (36.5 x [arm64])\n", "part of L4T"),
+        ("Remv nvidia-l4t-core:arm64 [36.4]\n", "nvidia-l4t-core 36.4 removed"),
+        ("Inst gcc (12 x [arm64])\nConf nvidia-l4t-bootloader:arm64 (36.4 x [arm64])\n", "part of L4T"),
+        ("Inst gcc (12 x [arm64])\nConf gcc broken\n", "not understood: 'Conf gcc broken'"),
+        ("Inst gcc (12 x [arm64])\nInst odd in another way\n", "not understood: 'Inst odd in another way'"),
     ],
 )
 def test_a_change_that_nobody_asked_for_is_refused_on_the_device_too(

@@ -256,3 +256,71 @@ def test_apts_refusal_is_short() -> None:
         "Unable to correct problems"
     )
     assert apt_root.refusal("", "weird\n") == "weird"
+
+
+# ---------------------------------------------------------------- what apt-get prints
+
+
+def test_architectures_origins_and_what_is_broken_meanwhile_are_read_over() -> None:
+    printed = (
+        "Reading package lists...\nNOTE: This is only a simulation!\n"
+        "Inst libc6:armhf [2.35] (2.36 Ubuntu:22.04/jammy-updates, Ubuntu:22.04/jammy-security [armhf]) []\n"
+        "Inst nvidia-l4t-core:arm64 [36.4] (36.5 local-deb [arm64]) [gcc:arm64 on nvidia-l4t-core:arm64] [gcc:arm64 ]\n"
+        "Inst new (1:2.0-1~x local [all])\nRemv old:armhf [1.0] [dependent:armhf ]\nPurg older [0.1]\n"
+        "Conf new (1:2.0-1~x local [all])\nInstalled nothing\n"
+    )
+    simulation = apt_root.parse_simulation(printed)
+    assert simulation.install == [
+        Change("libc6", "armhf", "2.35", "2.36"),
+        Change("nvidia-l4t-core", "arm64", "36.4", "36.5"),
+        Change("new", "all", "", "1:2.0-1~x"),
+    ]
+    assert [(change.name, change.old, change.new) for change in simulation.remove] == [
+        ("old", "1.0", ""),
+        ("older", "0.1", ""),
+    ]
+    assert [change.name for change in simulation.configure] == ["new"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Inst nvidia-l4t-core",
+        "Inst nvidia-l4t-core [36.4]",
+        "Inst nvidia-l4t-core (36.5 [arm64)",
+        "Inst nvidia-l4t-core [36.4] (36.5 x [arm64]) and more",
+        "Remv ",
+        "Remv nvidia-l4t-core (36.4)",
+        "Purg a b",
+        "Conf gcc broken",
+    ],
+)
+def test_a_change_that_cannot_be_read_is_refused_with_its_line(line: str) -> None:
+    with pytest.raises(Problem) as caught:
+        apt_root.parse_simulation("Inst gcc (12 local [arm64])\n" + line + "\n")
+    assert repr(line.rstrip()) in caught.value.found or repr(line) in caught.value.found
+
+
+def test_files_that_cannot_be_read_are_refused_with_their_line() -> None:
+    line = "'http://a/g%2b%2b.deb' g++_4%3a12_arm64.deb 3 SHA256:{}".format("A" * 64)
+    assert apt_root.parse_uris(f"Reading…\n{line}\n") == [
+        apt_root.Uri("http://a/g%2b%2b.deb", "g++", "4:12", "arm64", 3, "a" * 64)
+    ]
+    assert apt_root.parse_uris("'http://a/x' x_1_all.deb 3 MD5Sum:00\n")[0].sha256 == ""
+    for odd in ("'http://bob:pw@a/x' x_1.deb 3", "'http://a/x' x_1_all.deb three", "'http://a/x"):
+        with pytest.raises(Problem, match="not understood") as caught:
+            apt_root.parse_uris(odd)
+        assert "pw" not in caught.value.found
+
+
+def test_a_part_of_l4t_is_known_with_its_architecture_too() -> None:
+    for name, frozen in (("nvidia-l4t-core:arm64", True), ("nvidia-l4t-core", True), ("nvidia-l4tx", False)):
+        assert debs.is_frozen(name) is frozen
+        refused = [Change(name, "arm64", "", "2")]
+        if frozen:
+            with pytest.raises(Problem, match="part of L4T"):
+                debs.judge(Simulation(refused, []), [], lambda one, other: one < other)
+            with pytest.raises(Problem, match="part of L4T"):
+                debs.judge(Simulation([], [], refused), [], lambda one, other: one < other)
+        else:
+            debs.judge(Simulation(refused, [], refused), [], lambda one, other: one < other)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.jetson.mamba.plugins.module_utils import elf, fatbin
+from ansible_collections.jetson.mamba.plugins.plugin_utils import wheel_inspection
 
 from tests.unit.plugins.wheel_kit import container, entry, make_elf
 
@@ -30,6 +31,9 @@ def header(machine: int, big: bool = False) -> bytes:
         (header(183), "aarch64"),
         (header(22, big=True), "s390x"),
         (header(999), "machine 999"),
+        (header(62)[:4] + b"\x01" + header(62)[5:], "x86_64 (32-bit)"),
+        (header(183, big=True), "aarch64 (big-endian)"),
+        (header(40)[:4] + b"\x01" + header(40)[5:], "armv7l"),
         (header(62)[:19], None),
         (b"INPUT(libm.so.6 libmvec.so.1)", None),
         (b"", None),
@@ -96,7 +100,8 @@ def test_what_is_no_library_of_this_kind(tmp_path: Path) -> None:
     small = bytearray(whole)
     small[4] = 1
     assert elf.read_facts(write(tmp_path, bytes(small))) == {
-        "machine": "aarch64", "needed": [], "soname": None, "runpath": [], "glibc": None, "cxx11": None, "fatbins": [],
+        "machine": "aarch64 (32-bit)", "needed": [], "soname": None, "runpath": [], "glibc": None, "cxx11": None,
+        "fatbins": [],
     }
     stripped = bytearray(whole)
     struct.pack_into("<Q", stripped, 40, 0)
@@ -190,6 +195,42 @@ def test_string_abi_of_a_real_compiler(tmp_path: Path, cxx11: bool) -> None:
     define = f"-D_GLIBCXX_USE_CXX11_ABI={int(cxx11)}"
     subprocess.run(["g++", "-shared", "-fPIC", define, "-o", str(library), str(source)], check=True)
     assert elf.read_facts(str(library))["cxx11"] is cxx11
+
+
+def many_tables(count: int, symbols: bytes) -> bytes:
+    """Return a library whose section table names the same symbols again and again."""
+    data = bytearray(make_elf())
+    (start,) = struct.unpack_from("<Q", data, 40)
+    (rows,) = struct.unpack_from("<H", data, 60)
+    table = bytes(data[start : start + 64 * rows])
+    offset = len(data)
+    data += symbols
+    table += struct.pack("<IIQQQQIIQQ", 0, 11, 2, 0, offset, len(symbols), 1, 0, 8, 24) * count
+    struct.pack_into("<Q", data, 40, len(data))
+    struct.pack_into("<H", data, 60, rows + count)
+    return bytes(data) + table
+
+
+def test_a_library_has_one_table_of_symbols(tmp_path: Path) -> None:
+    path = write(tmp_path, many_tables(60, bytes(24 * 1000)))
+    with pytest.raises(ValueError, match="several tables of symbols"):
+        elf.read_facts(path)
+    with pytest.raises(ValueError, match="several tables of symbols"):
+        wheel_inspection.read_elf(path)
+
+
+def test_symbols_that_would_fill_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    strings = b"_ZN" * 100000 + b"\0"
+    symbols = b"".join(struct.pack("<IBBHQQ", 3 * at, 0, 0, 0, 0, 0) for at in range(1000))
+    with pytest.raises(ValueError, match="names of its symbols have no end"):
+        list(elf.undefined_names(symbols, strings))
+    monkeypatch.setattr(elf, "_TABLE_LIMIT", 1000)
+    short = b"_ZN" * 200 + b"\0"
+    with pytest.raises(ValueError, match="names of its symbols have no end"):
+        list(elf.undefined_names(symbols[:240], short))
+    monkeypatch.setattr(elf, "_SYMBOL_LIMIT", 9)
+    with pytest.raises(ValueError, match="claims 10 symbols"):
+        list(elf.undefined_names(symbols[:240], b"_ZN1aE\0"))
 
 
 def test_a_large_library_is_not_read_whole(tmp_path: Path) -> None:

@@ -337,3 +337,45 @@ def test_pip_configuration_is_read_as_pip_ranks_it(monkeypatch: pytest.MonkeyPat
         "index-url": "https://download.example",
         "extra-index-url": "file:///a\nfile:///b",
     }
+
+
+# ---------------------------------------------------------------- names and passwords
+
+
+@pytest.mark.parametrize("name", ["..%2F..%2Fa.whl", "%2Fetc%2Fa.whl", "x/../a.whl", "a.whl?x=../b", "..%2f.%2fa.whl"])
+def test_the_name_at_the_end_of_an_url_is_one_of_a_file(name: str) -> None:
+    assert fetch.filename_of("https://h/" + name) == "a.whl"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "a\0b", "-a", ".a", "a" * 181, "ü" * 91, "a\nb", 7, None]
+)
+def test_what_is_no_file_name_is_kept_out_of_the_cache(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(Problem, match="names a file"):
+        fetch.Cache(tmp_path / "cache").take(tmp_path / "x", "a" * 64, name)
+    assert (tmp_path / "x").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("url", ["https://h/", "https://h/..", "https://h/a%5Cb", "file:///tmp/-x"])
+def test_an_url_without_a_file_name_is_a_named_problem(tmp_path: Path, url: str) -> None:
+    with pytest.raises(Problem, match="names a file"):
+        fetch.ensure_url(url, "a" * 64, tmp_path)
+
+
+def test_a_checksum_that_is_none_is_a_named_problem(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=r"the sha256 of https://h/a.whl is '\.\./"):
+        fetch.ensure_url("https://h/a.whl", "../" * 20, tmp_path)
+
+
+def test_a_checksum_that_was_accepted_holds_with_and_without_a_password(tmp_path: Path) -> None:
+    cache = fetch.Cache(tmp_path)
+    cache.trust("https://ada:secret@h/a.whl", "a" * 64, 4)
+    assert "secret" not in (tmp_path / "trust.json").read_text()
+    for url in ("https://h/a.whl", "https://ada:secret@h/a.whl", "https://bob@h/a.whl"):
+        assert fetch.known_sha256(url, None, cache) == "a" * 64
+    # an earlier version wrote the URL as it stood
+    (tmp_path / "trust.json").write_text((tmp_path / "trust.json").read_text().replace("//h", "//ada:secret@h"))
+    assert fetch.known_sha256("https://h/a.whl", None, cache) == "a" * 64
+    cache.trust("https://h/b.whl", "b" * 64, 4)
+    assert "secret" not in (tmp_path / "trust.json").read_text()

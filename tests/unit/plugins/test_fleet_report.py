@@ -120,6 +120,20 @@ def test_plan_of_a_large_fleet_counts_the_hosts_that_wait() -> None:
     assert line.endswith("for x, y, z")
 
 
+def test_plan_names_each_platform_class_as_the_wheelhouse_takes_it() -> None:
+    one, other = dict(IDLE, class_id="aarch64-sm87"), dict(IDLE, class_id="aarch64-cu12.2-sm87\x1b[2J")
+    plans = {**{f"a{number}": one for number in range(5)}, "b": other}
+    assert text.plan_table(plans)[-2:] == [
+        "  class aarch64-cu12.2-sm87: b",
+        "  class aarch64-sm87: a0, a1, a2 and 2 more",
+    ]
+
+
+def test_plan_of_a_large_idle_fleet_stays_one_line() -> None:
+    (line,) = text.plan_table({f"h{number:03}": IDLE for number in range(500)})[1:]
+    assert line.endswith("h006, h007 and 492 more")
+
+
 def test_plan_of_a_dedicated_builder() -> None:
     big = dict(PLAN, builder_only=True, work=PLAN["work"][:1])
     choices: dict[str, Any] = {"big": {"builds": [], "waits": {}}, "orin1": {"builds": [], "waits": {}}}
@@ -227,6 +241,9 @@ def test_hostile_report_prints_no_escape() -> None:
         (text.Outcome(verification("nonsense")), "incomplete", ""),
         (text.Outcome(), "not verified", "no verification was run"),
         (text.Outcome(check_mode=True), "not verified", "check mode runs no tests"),
+        (text.Outcome(builder=True), "builder", "builds for other hosts, is not tested"),
+        (text.Outcome(builder=True, check_mode=True), "builder", "is not tested"),
+        (text.Outcome(builder=True, failed_at="Build"), "not verified", "failed before verification"),
         (text.Outcome(failed_at="Build"), "not verified", "failed before verification at task 'Build'"),
         (text.Outcome(unreachable_at="Survey"), "not verified", "could not be reached at task 'Survey'"),
         (text.Outcome(verification(), failed_at="Switch", failed_after=True), "failed", "this failed: Switch"),
@@ -247,17 +264,6 @@ def test_fleet_summary_lists_every_host_and_counts() -> None:
         "  X  orin2  not verified  could not be reached at task 'Survey'",
         "  2 host(s): 1 passed, 1 not verified",
     ]
-
-
-def test_files_hold_everything_and_stay_in_their_folder(tmp_path: Path) -> None:
-    outcomes = {"../a b": text.Outcome(verification()), "fleet": text.Outcome(), ".._a_b": text.Outcome()}
-    folder = tmp_path / "reports"
-    paths = text.write_reports(folder, outcomes, {"../a b": PLAN}, "2026-02-01T00:00:00+00:00")
-    assert all(path.parent == folder for path in paths) and len({*paths}) == 4
-    fleet = json.loads((folder / "fleet.json").read_text())
-    data = json.loads((folder / fleet["hosts"]["../a b"]["file"]).read_text())
-    assert data["state"] == "passed" and data["plan"] == PLAN and data["verification"]["seed"] == 7
-    assert sorted(folder.iterdir()) == sorted(paths)
 
 
 def test_wrapped_values_become_plain() -> None:
@@ -485,6 +491,7 @@ def test_an_error_of_ours_is_said_and_does_not_end_the_run(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JETSON_MAMBA_REPORTS", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     callback.v2_runner_on_ok(NewResult("a", "Prove", {"report": verification()}))
     callback.v2_playbook_on_stats(Stats(["a"]))
     assert any("a  passed" in line for line in callback._display.shown)
@@ -498,8 +505,3 @@ def test_rescued_failure_does_not_explain_why_nothing_was_verified(callback: fle
     assert "a  not verified  no verification was run" in shown(callback)
 
 
-def test_no_password_of_an_index_reaches_a_file(tmp_path: Path) -> None:
-    plan = {"wheelhouse": {"sources": [{"index": "https://me:geheim@wheels.example.org/jp6"}]}, "work": []}
-    paths = text.write_reports(tmp_path, {"a": text.Outcome()}, {"a": plan}, "2026-01-01T00:00:00+00:00")
-    written = "".join(path.read_text(encoding="utf-8") for path in paths)
-    assert "geheim" not in written and "https://***@wheels.example.org/jp6" in written

@@ -110,9 +110,58 @@ def test_libraries(files: dict[str, bytes], reason: str | None, tmp_path: Path) 
     assert said == [] if reason is None else any(reason in one for one in said)
 
 
-@pytest.mark.parametrize("name", [f"{MODULE}.so", f"{MODULE}.abi3.so", f"{MODULE}.cpython-310.so", f"deep/{FILE}"])
+@pytest.mark.parametrize("name", [f"{MODULE}.so", f"{MODULE}.abi3.so", f"{MODULE}.cpython-310.so"])
 def test_names_that_are_imported(name: str, tmp_path: Path) -> None:
     assert reasons(facts(tmp_path, {name: make_elf(gpu=CUBIN, undefined=[NEW_STRING])})) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch/__init__.py",
+        "numpy.py",
+        "evil.pth",
+        f"{MODULE}.pth",
+        "causal_conv1d-1.6.0.data/scripts/pip",
+        "causal_conv1d-1.6.0.data/data/lib/python3.10/site-packages/torch/__init__.py",
+        "causal_conv1d-1.6.0.data/purelib/torch/__init__.py",
+        "torch-2.5.0.dist-info2/METADATA",
+        "..\\..\\x",
+        "causal_conv1d_extra/__init__.py",
+    ],
+)
+def test_a_wheel_brings_its_own_files_alone(name: str, tmp_path: Path) -> None:
+    (said,) = reasons(facts(tmp_path, {FILE: make_elf(gpu=CUBIN), name: b"x"}))
+    assert said == f"it brings {name}, which is not part of causal_conv1d"
+
+
+def test_files_of_the_component_are_its_own(tmp_path: Path) -> None:
+    data = "causal_conv1d-1.6.0.data/purelib/causal_conv1d/x"
+    own = ["causal_conv1d/a/b.py", "causal_conv1d.libs/libgomp.so.1", data]
+    assert reasons(facts(tmp_path, {FILE: make_elf(gpu=CUBIN), **dict.fromkeys(own, b"x")})) == []
+
+
+def test_an_extension_is_found_in_the_site_folder_alone(tmp_path: Path) -> None:
+    for folder in ("causal_conv1d", "causal_conv1d-1.6.0.data/platlib/causal_conv1d"):
+        said = reasons(facts(tmp_path, {f"{folder}/{FILE}": make_elf(gpu=CUBIN)}))
+        assert said == [f"it holds no extension {MODULE} (it holds {FILE})"]
+    assert reasons(facts(tmp_path, {f"causal_conv1d-1.6.0.data/platlib/{FILE}": make_elf(gpu=CUBIN)})) == []
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d/libx.so-real", "causal_conv1d/bin/tool"])
+def test_a_library_is_known_by_what_it_is(name: str, tmp_path: Path) -> None:
+    good, bad = make_elf(gpu=CUBIN), make_elf("x86_64")
+    (said,) = reasons(facts(tmp_path, {FILE: good, name: bad}))
+    assert said == f"{name} is for x86_64, not for aarch64"
+    assert reasons(facts(tmp_path, {FILE: good, name: make_elf()})) == []
+
+
+def test_a_library_for_32_bit_processes_is_foreign(tmp_path: Path) -> None:
+    small = bytearray(make_elf())
+    small[4] = 1
+    found = inspection.judge(facts(tmp_path, {FILE: bytes(small)}), CPU).errors[0]
+    assert found["reason"] == f"{FILE} is for aarch64 (32-bit), not for aarch64"
+    assert "under another name" not in found["next"]
 
 
 def test_a_class_without_a_gpu_holds_no_gpu_code(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ SETTINGS: dict[str, Any] = {
     "jetson_platform_build_root": "",
     "jetson_platform_tmp_root": "",
     "jetson_platform_scope": "venv",
+    "wheelhouse_swap_mb": 0,
 }
 
 
@@ -220,6 +221,20 @@ def test_swap_counts_and_zram_does_not() -> None:
 
 def unfit(settings: Any = None, row: Any = None, **changes: Any) -> list[dict[str, str]]:
     return plan.builder_problems(row or ROW, orin(**changes), settings or SETTINGS, BUILD_NEEDS, "mamba_ssm")
+
+
+def test_memory_that_swap_makes_up_for_keeps_nobody_from_building() -> None:
+    little = {"memory.available_mb": 1500}
+    (problem,) = unfit(**little)
+    assert "wheelhouse_swap_mb: -1" in problem["next"]
+    automatic = {**SETTINGS, "wheelhouse_swap_mb": -1}
+    assert unfit(automatic, **little) == []
+    (problem,) = unfit(automatic, **little, **{"disk.build.free_mb": 4999})
+    assert "5072 MB" in problem["expected"], "the swap file takes room beside the build"
+    assert unfit(automatic, **little, **{"disk.build.free_mb": 5072}) == []
+    assert unfit(automatic, **{"disk.build.free_mb": 2000}) == [], "and none where nothing lacks"
+    assert unfit({**SETTINGS, "wheelhouse_swap_mb": 1000}, **little) == []
+    assert len(unfit({**SETTINGS, "wheelhouse_swap_mb": 999}, **little)) == 1
 
 
 NO_NVCC = {"cuda.toolkits": [{"path": "/usr/local/cuda-12.6", "version": "12.6.68", "nvcc": False}]}

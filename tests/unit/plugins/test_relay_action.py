@@ -209,3 +209,20 @@ def test_clearing(tmp_path: Path) -> None:
     assert run(host, variables({}, "a"))["changed"] and host.calls == [{"mode": "stop", "tmp": str(tmp_path)}]
     host.fails = True
     assert run(host, variables({}, "a"))["failed"]
+
+
+def test_debian_packages_that_were_fetched_for_two_hosts_go_to_the_relay(tmp_path: Path) -> None:
+    cache = fetch.Cache(tmp_path / "cache")
+    (tmp_path / "x").write_bytes(b"deb")
+    digest = hashlib.sha256(b"deb").hexdigest()
+    cache.take(tmp_path / "x", digest, "gcc_1_arm64.deb")
+    fetched = [{"filename": "gcc_1_arm64.deb", "sha256": digest}, {"filename": "gone_1_arm64.deb", "sha256": "0" * 64}]
+    more = {"package_files": fetched, "artefacts": {"cache": str(cache.root)}}
+    plans = {
+        "a": plan("", ["debian_packages"], None, **more),
+        "b": plan("a", ["debian_packages"], None, **more),
+        "c": plan("a", [], None, **more),
+    }
+    result = run(Host({"tmp": str(tmp_path / "tmp")}), variables(plans, "a"))
+    assert (result["clients"], result["store"]["files"]) == (["b"], [digest])
+    assert stock.needed(plans["c"]) == []

@@ -119,3 +119,20 @@ def test_other_peoples_variables_are_left_alone() -> None:
         "mamba_ssm_internal",
     ]
     assert settings.find_unknown_variables(names, SPECS, ["mamba_ssm_internal"]) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"role_path": "/p/roles/mamba_ssm", "playbook_dir": "/elsewhere"}, "/p"),
+        ({"playbook_dir": "/p/playbooks"}, "/p"),
+        ({"playbook_dir": "/p"}, "/p"),
+        ({}, None),
+    ],
+)
+def test_relative_paths_count_from_the_project(variables: dict[str, str], expected: str | None) -> None:
+    root = expected or str(Path.cwd())
+    assert settings.in_project("a/b", variables) == f"{root}/a/b"
+    assert settings.in_project("/a/b", variables) == "/a/b"
+    assert settings.in_project("~/b", variables) == str(Path("~/b").expanduser())
+    assert (settings.in_project("", variables), settings.in_project(None, variables)) == ("", None)

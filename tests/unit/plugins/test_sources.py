@@ -352,3 +352,11 @@ def test_find_gives_what_the_planner_reads() -> None:
     assert facts["force_build"] == "MAMBA_FORCE_BUILD"
     assert components.component("mamba_ssm", "2.2.4").extension_files == ("selective_scan_cuda*.so",)
     assert not components.find("mamba_ssm", "2.9")["known"]
+
+
+def test_a_password_is_no_part_of_a_sources_place_or_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_login, bare = "https://ada:secret@h/x.git", "https://h/x.git"
+    assert sources.bare_name(with_login) == sources.bare_name(bare)
+    monkeypatch.setattr(fetch, "ensure_url", lambda *_words, **_more: tmp_path / "x.tar.gz")
+    archive = {"kind": "archive", "url": "https://ada:secret@h/x.tar.gz", "sha256": "a" * 64}
+    assert sources._archive(archive, tmp_path, "mamba_ssm", None)[1].startswith("https://h/x.tar.gz (sha256 ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ def locks(house: Wheelhouse) -> list[str]:
 
 def test_options_are_completed_and_checked() -> None:
     assert supply.complete({"path": "/w", "build": False}) == {**supply.DEFAULTS, "path": "/w", "build": False}
-    for wrong, found in (({}, "names no path"), ({"path": ""}, "names no path"), ({"path": "/w", "sauces": []}, "sau")):
+    for wrong, found in (
+        ({}, "names no path"),
+        ({"path": ""}, "names no path"),
+        ({"path": "wheels"}, "path is wheels"),
+        ({"path": "/w", "sauces": []}, "sau"),
+    ):
         with pytest.raises(Problem, match=found):
             supply.complete(wrong)
 
@@ -134,7 +140,7 @@ def test_a_row_whose_inputs_make_another_key_is_faulty(house: Wheelhouse, tmp_pa
 
 def test_an_imported_wheel_serves_whatever_the_key(house: Wheelhouse, tmp_path: Path) -> None:
     row = stock_imported(house, wish(), real_wheel(tmp_path))
-    for wanted in (wish(), wish(source="6" * 64), wish(flags=["A=1"])):
+    for wanted in (wish(), wish(source="6" * 64)):
         assert supply.at_hand(house, wanted).path == house.path_of(row)
     assert supply.at_hand(house, wish(version="1.6.1")).path is None
     assert supply.at_hand(house, wish(class_id=ORIN.replace("2.35", "2.34"))).path is None
@@ -147,7 +153,125 @@ def test_an_own_build_is_preferred_to_an_imported_wheel(house: Wheelhouse, tmp_p
     assert supply.at_hand(house, wish(source="6" * 64)).path == house.path_of(imported)
     damage(house, own)
     found = supply.at_hand(house, wish())
-    assert found.faulty and found.row == own, "that it was damaged is not passed over in silence"
+    assert found.path == house.path_of(imported), "a damaged build hides no wheel that can be used"
+    assert found.faulty and own["sha256"] in found.reasons[0], "that it was damaged is not passed over in silence"
+    assert find(house, dry=True)[0].path == found.path and house.look(ORIN, own["key"]).row == own
+    found, said = find(house)
+    assert found.path == house.path_of(imported) and "set aside as" in said[0]
+    assert house.look(ORIN, own["key"]).row is None
+
+
+def test_what_others_built_serves_nobody_who_wants_a_special_build(house: Wheelhouse, tmp_path: Path) -> None:
+    stock_imported(house, wish(), real_wheel(tmp_path))
+    real_wheel(tmp_path / "archive")
+    special = wish(flags=["A=1"], special="causal_conv1d_build_flags is set")
+    found, said = find(house, {"folder": str(tmp_path / "archive")}, wanted=special)
+    assert found.path is None and not found.faulty and said == []
+    assert [" is not used: causal_conv1d_build_flags is set" in reason for reason in found.reasons] == [True, False]
+    assert "imported causal_conv1d-1.6.0-cp310" in found.reasons[0] and "not asked" in found.reasons[1]
+    assert "take that setting back" in supply.nowhere(special, house, found).next_step
+    row = stock(house, special, real_wheel(tmp_path / "own", text="own"))
+    assert find(house, wanted=special)[0].path == house.path_of(row), "a build of the same inputs always serves"
+
+
+def test_the_next_wheel_that_others_built_serves_where_the_newest_cannot(house: Wheelhouse, tmp_path: Path) -> None:
+    first, second = (
+        stock_imported(house, wish(), real_wheel(tmp_path / text, text=text)) for text in ("first", "second")
+    )
+    damage(house, first)
+    assert supply.at_hand(house, wish()).path == house.path_of(second)
+    damage(house, second)
+    assert len(supply.at_hand(house, wish()).broken) == 2
+
+
+def test_what_rotted_in_silence_is_found_before_it_is_sent(house: Wheelhouse, tmp_path: Path) -> None:
+    row = stock(house, wish(), real_wheel(tmp_path))
+    before = house.path_of(row).stat()
+    os.utime(damage(house, row), ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert supply.at_hand(house, wish()).path, "a plan asks often, and trusts size and time"
+    found, _said = find(house)
+    assert found.path is None and found.faulty and row["sha256"] in found.reasons[0]
+    assert supply.at_hand(house, wish()).faulty, "and whoever builds now does not trust them either"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"key": None}, "has no key"),
+        ({"key": "f" * 64}, "says ffffffffffff"),
+        ({"sha256": 5}, "wrong sha256 (5)"),
+        ({"sha256": "../x"}, "wrong sha256"),
+        ({"filename": ["x"]}, "wrong filename"),
+        ({"filename": "../../x.whl"}, "wrong filename"),
+        ({"flags": "A=B"}, "wrong flags"),
+        ({"needed": [1]}, "wrong needed"),
+        ({"size": "many"}, "wrong size"),
+        (None, "has no component"),
+    ],
+)
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_damaged_row_is_a_fault_with_words(
+    house: Wheelhouse, tmp_path: Path, changes: dict[str, Any] | None, reason: str, imported: bool
+) -> None:
+    wheel = real_wheel(tmp_path)
+    row = stock_imported(house, wish(), wheel) if imported else stock(house, wish(), wheel)
+    manifest = house.folder(ORIN) / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["wheels"] = {row["key"]: "text" if changes is None else {**row, **changes}}
+    manifest.write_text(json.dumps(data))
+    for wanted in (wish(), wish(source="6" * 64), wish(version="1.6.1")):
+        found = supply.at_hand(house, wanted)
+        assert found.path is None
+    assert reason in str(house.look(ORIN, row["key"]).fault)
+    assert reason in str(house.verify()[0].fault)
+    assert list(house.rows()) == [], "set aside, so that a build has its place"
+
+
+def test_what_an_older_release_left_out_of_a_row_is_none(house: Wheelhouse, tmp_path: Path) -> None:
+    row = stock_imported(house, wish(), real_wheel(tmp_path))
+    manifest = house.folder(ORIN) / "manifest.json"
+    data = json.loads(manifest.read_text())
+    for name in ("needed", "size", "source_sha256", "builder"):
+        del data["wheels"][row["key"]][name]
+    manifest.write_text(json.dumps(data))
+    found = supply.at_hand(house, wish())
+    assert found.row is not None and found.row["source_sha256"] is None
+    assert found.served is not None and found.served["needed"] == [] and found.served["size"] == row["size"]
+
+
+SERIES = """schema: 1
+package: mamba_ssm
+version: "2.2.4"
+patches:
+  - file: 0001-x.patch
+    target: csrc/x.cu
+    sha256_before: "{before}"
+    sha256_after: "{after}"
+    applies_to: {kind}
+    why: it does not compile
+    upstream: none
+    until: null
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "special"),
+    [
+        ([], "python", None),
+        ([], None, None),
+        (["A=1"], None, "mamba_ssm_build_flags is set"),
+        ([], "source", "0001-x.patch is compiled in"),
+    ],
+)
+def test_what_makes_a_build_special(
+    tmp_path: Path, flags: list[str], kind: str | None, special: str | None
+) -> None:
+    folder = tmp_path / "mamba_ssm" / "2.2.4"
+    if kind:
+        folder.mkdir(parents=True)
+        (folder / "series.yml").write_text(SERIES.format(before="1" * 64, after="2" * 64, kind=kind))
+        (folder / "0001-x.patch").write_text("--- a/csrc/x.cu\n+++ b/csrc/x.cu\n@@ -1 +1 @@\n-a\n+b\n")
+    assert supply.find_special("mamba_ssm", "2.2.4", flags, str(tmp_path), {}) == special
 
 
 def test_an_imported_wheel_that_changed_is_faulty(house: Wheelhouse, tmp_path: Path) -> None:
@@ -321,6 +445,14 @@ def test_a_built_wheel_is_kept_with_all_that_is_known_of_it(house: Wheelhouse, t
     assert (house.folder(ORIN) / row["log"]).read_text() == "nvcc …\n"
     assert found.served["needed"] == ["libcusparseLt.so.0"], "what the device's linker will be asked for"
     assert supply.at_hand(house, wish()).path == found.path
+
+
+def test_a_wheel_is_looked_into_once(house: Wheelhouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = real_wheel(tmp_path, needed=("libcusparseLt.so.0",))
+    inspected = supply.inspect(wish(), wheel)
+    monkeypatch.setattr(supply, "inspect_row", None)
+    found = supply.keep(house, wish(), wheel, {**BUILT, "sha256": sha256(wheel)}, None, inspected)
+    assert found.served is not None and found.served["needed"] == ["libcusparseLt.so.0"]
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,32 @@ def test_other_connections_are_paced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert waits == []
 
 
+def test_single_files_keep_to_the_rate_in_both_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    seen: list[Any] = []
+    (tmp_path / "a").write_bytes(bytes(4096))
+
+    def fetch_file(remote: str, local: str) -> None:
+        seen.append(dict(device._connection.options))
+        Path(local).write_bytes(Path(remote).read_bytes())
+
+    before = {"sftp_extra_args": "", "scp_extra_args": "-v"}
+    plan = {"jetson_platform_plan": {"transfer": {"rate_limit_kbit": 8}}}
+    for transport in ("ssh", "local"):
+        device = Device(transport, **before)
+        device._connection.fetch_file = fetch_file
+        line = transfer.Line(device, plan)
+        line.send(str(tmp_path / "a"), str(tmp_path / "b"))
+        line.receive(str(tmp_path / "b"), str(tmp_path / "c"))
+        assert (tmp_path / "c").read_bytes() == bytes(4096) and device._connection.options == before
+    assert seen == [{"sftp_extra_args": "-l 8", "scp_extra_args": "-v -l 8"}, before]
+    assert len(waits) == 4 and all(3.5 < wait <= 4 for wait in waits)
+    waits.clear()
+    transfer.Line(device, {}).send(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert waits == []
+
+
 def test_options_come_from_the_plan_where_none_are_given(tmp_path: Path) -> None:
     plan = {"transfer": {"rate_limit_kbit": 5, "relay": "peer"}}
     made = Courier(Device(), {"jetson_platform_plan": plan}, str(tmp_path), None, print)

@@ -185,7 +185,7 @@ def test_it_works_from_a_zip_as_on_a_device(tmp_path: Path) -> None:
             if folder.name:
                 made.writestr(f"{folder}/__init__.py", "")
         made.writestr(base + "__init__.py", "")
-        for name in ("vision_adapter", "vision_payload", "errors", "files"):
+        for name in ("vision_adapter", "vision_payload", "errors", "files", "passwords"):
             made.write(PACKAGE / f"{name}.py", f"{base}{name}.py")
     code = (
         f"import sys\nsys.path.insert(0, {str(archive)!r})\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _ctypes
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -137,6 +138,18 @@ def test_both_readers_see_the_same_in_real_libraries() -> None:
     seen = [elf.read_facts(str(path)) for path in libraries]
     assert any(one["glibc"] for one in seen) and any(one["needed"] for one in seen)
     assert sum(bool(one["fatbins"]) for one in seen) == 3
+
+
+def test_glibc_that_is_hidden_from_the_sections_is_found(tmp_path: Path) -> None:
+    """The dynamic linker reads no sections, and a device would refuse what the controller let pass."""
+    data = bytearray(make_elf(glibc=["GLIBC_2.38"]))
+    (start,) = struct.unpack_from("<Q", data, 40)
+    (rows,) = struct.unpack_from("<H", data, 60)
+    for at in range(start, start + 64 * rows, 64):
+        if struct.unpack_from("<I", data, at + 4)[0] == 0x6FFFFFFE:
+            struct.pack_into("<I", data, at + 4, 1)
+    (tmp_path / "x.so").write_bytes(bytes(data))
+    assert wheel_inspection.read_elf(str(tmp_path / "x.so"))["glibc"] == "2.38"
 
 
 def test_both_readers_see_the_same_in_made_up_libraries(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Device(Receiving, wheel_set.ActionModule):
         self.begin()
         self.calls: list[str] = []
         self.rows: list[dict[str, Any]] = []
+        self.told: list[dict[str, Any]] = []
         self.install_fails = False
 
     def _execute_module(self, *_positional: Any, **options: Any) -> dict[str, Any]:
@@ -49,6 +50,7 @@ class Device(Receiving, wheel_set.ActionModule):
         if options["module_name"] == transfer.MODULE:
             return self.receive(arguments)
         self.calls.append(arguments["mode"])
+        self.told.append(arguments)
         missing = wheels.query(arguments["site_packages"], arguments["wheels"])
         if arguments["mode"] == "query":
             return {"changed": False, "missing": missing, "free_mb": 1000}
@@ -171,12 +173,16 @@ def test_a_wheel_for_another_machine_is_refused(
     assert device.sent() == 0 and "install" not in device.calls
 
 
-def test_a_wheel_that_was_built_on_the_device(arguments: dict[str, Any], tmp_path: Path) -> None:
-    built = make_wheel(tmp_path / "build", "causal", "cp310-cp310-linux_aarch64")
-    arguments = {key: value for key, value in arguments.items() if key != "lock"}
-    device = Device({**arguments, "extra": [{"name": "causal", "version": "1.0", "remote_path": str(built)}]})
+def test_the_device_is_told_of_nothing_that_is_the_controllers(arguments: dict[str, Any], tmp_path: Path) -> None:
+    name = "torch-1.0-cp310-cp310-linux_aarch64.whl"
+    digest = hashlib.sha256((tmp_path / "own" / name).read_bytes()).hexdigest()
+    fetch.Cache(arguments["cache"]).take(tmp_path / "own" / name, digest, name)
+    url = f"https://alice:secret@wheels.example/{name}"
+    device = Device({**arguments, "extra": [{"name": "torch", "version": "1.0", "url": url, "sha256": digest}]})
     result = run(device)
-    assert result["installed"] == ["causal"] and device.sent() == 0 and built.exists()
+    assert result["installed"] == ["one", "two", "torch"] and "secret" not in json.dumps([device.told, result])
+    assert device.rows[2]["url"] == f"https://wheels.example/{name}", "which pip freeze will name"
+    assert all(set(told) <= set(wheels.ON_DEVICE) for told in device.told)
 
 
 def test_arguments_are_checked(arguments: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.cut = 0
         self.error = 0
         self.password = ""
+        self.redirects: dict[str, str] = {}
 
     def url(self, path: str = "simple") -> str:
         """Return an address of this server."""
@@ -59,6 +60,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         if self.server.error:
             self.send_error(self.server.error)
+            return
+        if self.path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[self.path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         wanted = "Basic " + base64.b64encode(self.server.password.encode()).decode()
         if self.server.password and self.headers.get("Authorization") != wanted:
@@ -102,6 +109,7 @@ def link(name: str = NAME, digest: str | None = DIGEST, attributes: str = "") ->
 @pytest.fixture(autouse=True)
 def no_pip_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "pip_settings", lambda: {})
+    monkeypatch.setattr(fetch, "_logins", {})
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
 
 
@@ -446,3 +454,103 @@ def test_a_password_is_used_and_never_shown(ask: Asking, server: Server, folder:
     assert failed.offer is None
     texts = [*ask.said, *search.reasons, *failed.reasons, search.offer.origin]
     assert not [text for text in texts if "secret" in text] and "***@127.0.0.1" in search.offer.origin
+
+
+def test_a_password_that_the_settings_named_is_used_for_an_url_without(ask: Asking, server: Server) -> None:
+    url = server.index(link())
+    server.password = "ada:sec@ret"
+    settings = {"wheelhouse_sources": [{"index": url.replace("://", "://ada:sec%40ret@")}]}
+    fetch.use_logins_of(settings, lambda value: value)
+    search = ask({"index": url})
+    assert search.offer is not None and search.offer.path.read_bytes() == DATA
+
+
+def test_a_password_of_netrc_is_used_for_pages_and_files(
+    ask: Asking, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login ada password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.password = "ada:secret"
+    search = ask({"index": server.index(link())})
+    assert search.offer is not None and search.offer.path.read_bytes() == DATA
+
+
+def test_no_file_keeps_a_password(ask: Asking, server: Server) -> None:
+    url = server.index(link(digest=None)).replace("://", "://ada:secret@")
+    server.password = "ada:secret"
+    assert ask({"index": url}, trust=True).offer is not None
+    for path in ask.cache.rglob("*"):
+        assert "secret" not in str(path) and not (path.is_file() and b"secret" in path.read_bytes())
+    recorded = json.loads((ask.cache / "trust.json").read_text())["files"]
+    assert [name.partition("/files/")[0] for name in recorded] == [server.url("").rstrip("/")]
+
+
+@pytest.mark.parametrize("value", ["https://alice:pw#1@host/simple", "https://alice:pw/1@host/simple"])
+def test_a_password_that_breaks_its_url_is_not_shown(value: str) -> None:
+    with pytest.raises(Problem, match="cannot be read") as caught:
+        wheel_sources.check_sources([{"index": value}])
+    assert "pw" not in caught.value.render() and "%2F" in caught.value.expected
+
+
+# ---------------------------------------------------------------- servers that mean no good
+
+
+@pytest.mark.parametrize("way", ["..%2F..%2F..%2F", "%2E%2E/", "%2Ftmp%2F"])
+def test_no_file_name_leads_out_of_the_cache(ask: Asking, server: Server, way: str) -> None:
+    search = ask({"index": server.index(f'<a href="/files/{way}{NAME}#sha256={DIGEST}">x</a>')})
+    if search.offer is not None:
+        assert search.offer.path == ask.cache / "files" / DIGEST / NAME
+    assert {path.parent.parent for path in ask.cache.parent.rglob(NAME)} <= {ask.cache / "files"}
+
+
+@pytest.mark.parametrize("name", ["..%5C" + NAME, "-" + NAME, "." + NAME, "%00" + NAME, "a%0A" + NAME])
+def test_what_is_no_file_name_is_refused(ask: Asking, server: Server, name: str) -> None:
+    search = ask({"index": server.index(f'<a href="/files/{name}#sha256={DIGEST}">x</a>')})
+    assert search.offer is None and "is no plain file name" in ask.said[0] and "\n" not in ask.said[0]
+
+
+def test_a_name_that_is_too_long_for_a_file_system(ask: Asking, server: Server) -> None:
+    long = NAME.replace("1.6.0", "1.6.0+" + "a" * 200)
+    assert ask({"index": server.index(link(long))}).offer is None
+    assert "is no plain file name" in ask.said[0] and len(ask.said[0]) < 400
+
+
+def test_a_remote_page_leads_to_no_file_of_this_machine(ask: Asking, server: Server, folder: Path) -> None:
+    search = ask({"index": server.index(f'<a href="{(folder / NAME).as_uri()}">x</a>')})
+    assert search.offer is None and "offered as a file: URL" in search.reasons[0] and "not from" in ask.said[0]
+    page = folder / "page.html"
+    page.write_text(f'<a href="{(folder / NAME).as_uri()}">x</a>')
+    assert ask({"find_links": str(page)}).offer is not None, "a page of this machine may"
+
+
+def test_a_server_redirects_to_no_file_of_this_machine(ask: Asking, server: Server, folder: Path) -> None:
+    (folder / "page.html").write_text("root:x:0:0")
+    server.redirects = {"/simple/causal-conv1d/": (folder / "page.html").as_uri()}
+    search = ask({"index": server.url()})
+    assert search.offer is None and "it leads to file:" in search.reasons[0]
+
+
+JSON = "application/vnd.pypi.simple.v1+json"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"files": [{"filename": 3, "url": 5}]}, "its page cannot be read"),
+        ({"files": 7}, "its page cannot be read"),
+        ([1], "its page cannot be read"),
+        ({"files": [{"filename": NAME, "url": "/files/" + NAME, "hashes": 4}]}, "its page cannot be read"),
+        ({"files": [{"filename": NAME, "url": "/files/" + NAME, "hashes": {"sha256": 5}}]}, "its sha256 is given as 5"),
+        (
+            {"files": [{"filename": NAME, "url": "/files/" + NAME, "hashes": {"sha256": "../../../etc"}}]},
+            "its sha256 is given as '../../../etc'",
+        ),
+    ],
+)
+def test_what_an_index_garbles_is_said_and_the_next_source_is_asked(
+    ask: Asking, server: Server, folder: Path, body: Any, words: str
+) -> None:
+    index = server.index(json.dumps(body), kind=JSON)
+    search = ask({"index": index}, {"folder": str(folder)})
+    assert words in ask.said[0] and search.offer is not None and search.offer.origin == f"folder {folder}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,29 @@ def test_a_component_carries_all_that_its_builder_is_asked_for(tmp_path: Path, s
     assert data["build_flags"] == ["A=1"] and data["memory_mb"] > 0 and data["disk_mb"] > 0 and data["minutes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("config", "abi"),
+    [
+        ('set(TORCH_CXX_FLAGS "-D_GLIBCXX_USE_CXX11_ABI=0")', "cxx98"),
+        ('set(TORCH_CXX_FLAGS "-D_GLIBCXX_USE_CXX11_ABI=1")', "cxx11"),
+        ("", "cxx11"),
+        (None, "cxx11"),
+    ],
+)
+def test_the_class_has_the_abi_of_the_users_own_torch(
+    tmp_path: Path, settings: dict[str, Any], config: str | None, abi: str
+) -> None:
+    path = tmp_path / "torch-2.5.1-cp310-cp310-linux_aarch64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("torch/version.py", "__version__ = '2.5.1'\n")
+        if config is not None:
+            archive.writestr("torch/share/cmake/Torch/TorchConfig.cmake", config)
+    settings["torch_jetpack_wheel"] = {"version": "2.5.1", "path": str(path)}
+    assert f"-{abi}-sm87" in wishes(tmp_path, settings).class_id
+    path.write_bytes(b"no wheel")
+    assert "-cxx98-sm87" in wishes(tmp_path, settings, {**GUIDE, "cxx11_abi": False}).class_id
+
+
 def test_the_key_of_the_plan_is_the_key_of_the_build(tmp_path: Path, settings: dict[str, Any]) -> None:
     """The plan looks for a wheel by its key, the builder computes it again from what it was asked for."""
     settings["causal_conv1d_build_flags"] = ["B=2", "A=1"]
@@ -267,6 +291,8 @@ def test_the_key_of_the_plan_is_the_key_of_the_build(tmp_path: Path, settings: d
         )
         assert order.key == data["key"] and order.source.sha256 == data["source_sha256"]
         assert order.wish(made.class_id).flags == tuple(data["build_flags"])
+        flags_are_set = f"{name}_build_flags is set" if data["build_flags"] else None
+        assert order.wish(made.class_id).special == data["special"] == flags_are_set
 
 
 @pytest.mark.parametrize("name", ["causal_conv1d", "mamba_ssm"])

@@ -621,6 +621,37 @@ def test_files_of_the_user_get_new_places(maker: bundle_make.Maker, tmp_path: Pa
     assert str(tmp_path) not in json.dumps(kept)
 
 
+def test_no_password_gets_into_a_bundle(maker: bundle_make.Maker, stage: Path) -> None:
+    url = "https://alice:p@ss@devpi.example/t.whl"
+    extra = {
+        "wheelhouse_sources": [{"index": "https://alice:secret@devpi.example/simple"}],
+        "debian_packages_repositories": ["deb https://alice:secret@apt.example/ubuntu jammy main"],
+        "torch_jetpack_wheel": {"version": "1", "url": url, "sha256": None},
+    }
+    maker.note_settings(settings_with(**extra), extra)
+    maker.settle()
+    kept = maker.collection.settings
+    assert kept["wheelhouse_sources"] == [{"index": "https://devpi.example/simple"}]
+    assert kept["debian_packages_repositories"] == ["deb https://apt.example/ubuntu jammy main"]
+    assert kept["torch_jetpack_wheel"]["url"] == "https://devpi.example/t.whl"
+    (line,) = [line for line in maker.collection.left_out if "passwords" in line]
+    assert "wheelhouse_sources" in line and "~/.netrc" in line
+    # as an earlier version recorded it, and as a device's own apt source says it
+    old = {"schema": 1, "files": {url: {"sha256": "a" * 64, "size": 1}}}
+    (maker.cache.root / "debs").mkdir(parents=True)
+    (maker.cache.root / "trust.json").write_text(json.dumps(old))
+    lock = {"sources": ["https://alice:secret@apt.example/ubuntu jammy"], "packages": []}
+    (maker.cache.root / "debs" / "x.json").write_text(json.dumps(lock))
+    maker.add_whole_cache(stage)
+    texts = {path: entry.origin.read_text() for path, entry in maker.collection.entries.items() if entry.origin}
+    assert json.loads(texts[f"{bundle.CACHE}/trust.json"])["files"] == {
+        "https://devpi.example/t.whl": {"sha256": "a" * 64, "size": 1}
+    }
+    assert f"{bundle.CACHE}/debs/x.json" in texts
+    found = json.dumps([list(texts.values()), kept, maker.collection.left_out])
+    assert not [word for word in ("alice", "secret", "p@ss") if word in found]
+
+
 def test_settings_that_differ_between_hosts_are_left_to_the_user(maker: bundle_make.Maker, tmp_path: Path) -> None:
     for name in ("a.whl", "b.whl"):
         (tmp_path / name).write_text(name)
@@ -641,14 +672,16 @@ def put(maker: bundle_make.Maker, content: bytes, name: str) -> str:
     return digest
 
 
-def test_the_whole_cache_is_packed_but_not_what_is_damaged_or_in_flight(maker: bundle_make.Maker) -> None:
+def test_the_whole_cache_is_packed_but_not_what_is_damaged_or_in_flight(
+    maker: bundle_make.Maker, stage: Path
+) -> None:
     good, bad = put(maker, b"good", "g.whl"), put(maker, b"bad", "b.whl")
     (maker.cache.root / "files" / bad / "b.whl").write_bytes(b"worse")
     for name in ("partial/x", "locks/y", "git/abc.git/HEAD"):
         (maker.cache.root / name).parent.mkdir(parents=True)
         (maker.cache.root / name).write_text("z")
     maker.cache.trust("https://example.org/x.whl", good, 4)
-    maker.add_whole_cache()
+    maker.add_whole_cache(stage)
     expected = {f"{bundle.CACHE}/files/{good}/g.whl", f"{bundle.CACHE}/git/abc.git/HEAD", f"{bundle.CACHE}/trust.json"}
     assert set(maker.collection.entries) == expected
     assert "b.whl" in maker.collection.left_out[0]
@@ -663,14 +696,14 @@ def test_only_the_accepted_checksums_of_the_platforms_travel(maker: bundle_make.
     assert list(json.loads(origin.read_text())["files"]) == ["https://example.org/y.whl"]
 
 
-def test_debian_packages_of_the_machine_travel_with_their_lock(maker: bundle_make.Maker) -> None:
+def test_debian_packages_of_the_machine_travel_with_their_lock(maker: bundle_make.Maker, stage: Path) -> None:
     arm, amd = put(maker, b"arm", "a.deb"), put(maker, b"amd", "b.deb")
     (maker.cache.root / "debs").mkdir()
     for name, digest in (("arm64", arm), ("amd64", amd)):
         data = {"packages": [{"name": "p", "architecture": name, "sha256": digest}]}
         (maker.cache.root / "debs" / f"{name}.json").write_text(json.dumps(data))
     (maker.cache.root / "debs" / "broken.json").write_text("{")
-    assert maker.add_debian_packages({"aarch64"}) == 1
+    assert maker.add_debian_packages({"aarch64"}, stage) == 1
     assert set(maker.collection.entries) == {f"{bundle.CACHE}/debs/arm64.json", f"{bundle.CACHE}/files/{arm}/a.deb"}
     assert "broken.json" in maker.collection.left_out[0]
 

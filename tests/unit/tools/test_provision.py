@@ -70,7 +70,7 @@ def test_real_fleet_needs_neither_root_nor_simulator(tmp_path: Path, capsys: pyt
     run = FakeRun()
     make(tmp_path, run, inventory=str(inventory), uid=1000, args=["--ask-become-pass"]).do("provision")
     assert run.calls == ["ansible-playbook site.yml -i jetsons.ini --ask-become-pass"]
-    assert "a first run compiles on each device, 40 minutes" in capsys.readouterr().err
+    assert "a first run compiles once for each kind of device, 40 minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.modules.build_wheel import argument_spec
-from ansible_collections.jetson.mamba.plugins.plugin_utils import building, supply
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building, fetch, settings, supply, transfer
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 _INTERNAL = ("mode", "source_sha256", "source_tar", "force_build", "modules", "job_memory_mb", "disk_mb")
@@ -26,19 +26,23 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         spec = {name: option for name, option in argument_spec().items() if name not in (*_INTERNAL, "wait_seconds")}
         _validated, options = self.validate_argument_spec(argument_spec=spec)
+        variables = task_vars or {}
+        options.update({name: settings.in_project(options[name], variables) for name in ("cache", "logs")})
+        fetch.use_logins_of(variables, lambda value: self._templar.template(value))
         display = Display()
 
         def run(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             answer: dict[str, Any] = self._execute_module(
-                module_name=name, module_args=arguments, task_vars=task_vars or {}
+                module_name=name, module_args=arguments, task_vars=variables
             )
             return answer
 
+        line = transfer.Line(self, variables)
         device = building.Device(
-            host=str((task_vars or {}).get("inventory_hostname", "localhost")),
+            host=str(variables.get("inventory_hostname", "localhost")),
             run=run,
-            send=self._transfer_file,
-            receive=self._connection.fetch_file,
+            send=line.send,
+            receive=line.receive,
             say=display.display,
             lost=(AnsibleConnectionFailure,),
             errors=(OSError, AnsibleError),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import election
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import supply
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, supply
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 display = Display()
 FACT = "jetson_platform_plan"
 # registered by the role wheelhouse; a failed host's stays readable
 BUILT = "__wheelhouse_built"
+CHOICE = "__wheelhouse_choice"
 # the group whose hosts are provisioned; others in the play only build
 DEVICES = "jetsons"
 _JOB = ("version", "key", "source", "source_sha256", "build_flags", "minutes", "disk_mb")
@@ -23,17 +25,25 @@ Data = dict[str, Any]
 
 
 class ActionModule(ActionBase):
-    """Runs on the controller alone, once for all hosts of the play."""
+    """Runs on the controller alone: once for all hosts of the play, then for each host, for its part of the answer."""
 
     _requires_connection = False
     _supports_check_mode = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return {hosts: {host: {builds, waits, components}}, problems: {host: text}, again}."""
+        """Return {hosts: {host: {builds, waits, components}}, problems: {host: text}, again, verified}.
+
+        With the option `choice`: {builds, waits, components, again} of this host.
+        """
         result: dict[str, Any] = super().run(tmp, task_vars)
-        spec = {"scope": {"type": "str", "choices": ["work", "all"], "default": "work"}}
+        spec = {
+            "scope": {"type": "str", "choices": ["work", "all"], "default": "work"},
+            "choice": {"type": "str", "default": ""},
+        }
         _validated, options = self.validate_argument_spec(argument_spec=spec)
         try:
+            if options["choice"]:
+                return {**result, **_own_part(options["choice"], task_vars or {})}
             result.update(self._choose(options["scope"], task_vars or {}))
         except Problem as problem:
             result.update(failed=True, msg=problem.render(), problem=problem.as_dict())
@@ -41,18 +51,28 @@ class ActionModule(ActionBase):
 
     def _choose(self, scope: str, task_vars: dict[str, Any]) -> Data:
         hostvars, groups = task_vars["hostvars"], task_vars.get("groups", {})
-        order = [str(host) for host in task_vars["ansible_play_hosts"] if FACT in hostvars[host]]
-        if not order:
+        here = [str(host) for host in task_vars["ansible_play_hosts"]]
+        # all variables of a host are put together anew each time that it is asked for
+        known = {}
+        for host in task_vars.get("ansible_play_hosts_all", here):
+            own = hostvars[host]
+            known[str(host)] = {name: own[name] for name in (FACT, BUILT) if name in own}
+            # the plan names indexes without passwords
+            fetch.use_logins_of(own, lambda value: value)
+        plans = {host: known[host][FACT] for host in here if FACT in known[host]}
+        if not plans:
             raise Problem("no host has a plan", f"the fact {FACT}", "run the role jetson_platform before this one")
-        plans = {host: hostvars[host][FACT] for host in order}
-        devices = groups.get(DEVICES, order)
-        jobs = election.find_jobs(plans, [host for host in order if host in devices], scope)
-        broken = dict(self._broken(hostvars, task_vars.get("ansible_play_hosts_all", order)))
+        members = set(groups.get(DEVICES, plans))
+        devices = [host for host in plans if host in members]
+        jobs = election.find_jobs(plans, devices, scope)
+        broken = dict(self._broken(known))
         builders = [str(host) for host in groups.get("builders", [])]
+        before = task_vars.get(CHOICE) or {}
+        verified = set(before.get("verified") or [])
         found: dict[election.JobId, supply.Supply | Problem] = {}
         for job in jobs.values():
             try:
-                found[job.id] = self._look(job, plans)
+                found[job.id] = self._look(job, plans, str(job.id) not in verified)
             except Problem as problem:
                 found[job.id] = problem
         # a host that cannot be served leaves the run, so it builds nothing for others either
@@ -63,18 +83,24 @@ class ActionModule(ActionBase):
             if not set(refused) - set(problems):
                 break
             problems.update(refused)
+        warnings = [] if before else _idle(builders, plans, devices)
         return {
+            **({"warnings": warnings} if warnings else {}),
             "changed": False,
             "hosts": hosts,
             "problems": problems,
+            # of this run: these were read whole
+            "verified": sorted(str(job.id) for job in jobs.values() if _is_there(found[job.id])),
             # check mode builds nothing, so looking again would find nothing new
             "again": again and not self._task.check_mode,
         }
 
-    def _look(self, job: election.Job, plans: Mapping[str, Any]) -> supply.Supply:
+    def _look(self, job: election.Job, plans: Mapping[str, Any], rehash: bool) -> supply.Supply:
         """Ask the wheelhouse, and the other sources of every host that wants the wheel."""
         asked: list[Data] = []
         found = supply.Supply()
+        # one wheel serves all of them, so what one host cannot take is not for the others either
+        special = next((text for host in job.hosts if (text := plans[host]["components"][job.id[2]]["special"])), None)
         for host in job.hosts:
             plan = plans[host]
             options = supply.complete(plan["wheelhouse"])
@@ -83,30 +109,75 @@ class ActionModule(ActionBase):
             asked.append(options)
             found = supply.find(
                 Wheelhouse(options["path"]),
-                supply.Wish.of_plan(plan, job.id[2]),
+                replace(supply.Wish.of_plan(plan, job.id[2]), special=special),
                 options,
                 plan["artefacts"]["cache"],
                 lambda text: display.display(f"  controller: {text}"),
                 dry=bool(self._task.check_mode),
+                rehash=rehash,
             )
+            rehash = rehash and found.path is None
             if found.path is not None or found.promised:
                 break
         return found
 
     @staticmethod
-    def _broken(hostvars: Mapping[str, Any], hosts: list[str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    def _broken(known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, tuple[str, str]]]:
         """Yield (build key, (host, message)) of the builds that failed in this run, also on hosts that are gone.
 
         Asked only for what is lacking, so a build that succeeded and left nothing counts too: it would again.
         """
-        for host in hosts:
-            registered = hostvars[host].get(BUILT) or {}
+        for host, own in known.items():
+            registered = own.get(BUILT) or {}
             for item in registered.get("results", []):
                 if item.get("failed") and item.get("build_failed"):
                     yield str(item["key"]), (str(host), str(item.get("msg", "")))
                 elif item.get("wheel"):
                     message = "it succeeded, but its wheel is not in the wheelhouse; does somebody else change that?"
                     yield str(item["key"]), (str(host), message)
+
+
+def _own_part(name: str, task_vars: Mapping[str, Any]) -> Data:
+    """Return what was chosen for this host.
+
+    Args:
+        name: of the variable that the choice is registered in. Read here as it lies: a template would copy the whole of
+            it, which is as large as the fleet, for each host of the fleet.
+        task_vars: of the host.
+
+    Raises:
+        Problem: nothing was chosen.
+    """
+    choice, host = task_vars.get(name), str(task_vars["inventory_hostname"])
+    if not isinstance(choice, Mapping) or "hosts" not in choice:
+        raise Problem(
+            f"{name} holds no choice of builders",
+            "the name of the variable that this action was registered in, with run_once",
+            "correct the option choice of the task",
+        )
+    if host in choice["problems"]:
+        return {"failed": True, "msg": choice["problems"][host]}
+    own = choice["hosts"].get(host) or _nothing()
+    return {"changed": False, "again": bool(choice["again"]), **own}
+
+
+def _nothing() -> Data:
+    return {"builds": [], "waits": {}, "components": {}}
+
+
+def _is_there(found: supply.Supply | Problem) -> bool:
+    return isinstance(found, supply.Supply) and found.path is not None
+
+
+def _idle(builders: Iterable[str], plans: Mapping[str, Any], devices: Iterable[str]) -> list[str]:
+    """Return a warning for each host of the group builders that no device of this run could take a wheel from."""
+    wanted = sorted({plans[host]["class_id"] for host in devices})
+    return [
+        f"{host} of the group builders builds nothing: it is of class {plans[host]['class_id']}, and the devices of "
+        f"this run want {', '.join(wanted) or 'nothing'}"
+        for host in builders
+        if host in plans and plans[host]["class_id"] not in wanted
+    ]
 
 
 def _assign(
@@ -118,7 +189,7 @@ def _assign(
     broken: Mapping[str, tuple[str, str]],
 ) -> tuple[dict[str, Data], dict[str, str], bool]:
     """Return what each host builds and waits for, why hosts cannot be served, and whether anything is to be built."""
-    hosts: dict[str, Data] = {host: {"builds": [], "waits": {}, "components": {}} for host in plans}
+    hosts: dict[str, Data] = {host: _nothing() for host in plans}
     problems: dict[str, str] = {}
     again = False
     for job in jobs.values():

@@ -9,9 +9,9 @@ from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.modules.component import argument_spec
-from ansible_collections.jetson.mamba.plugins.plugin_utils import building, supply, wheel_libs
-from ansible_collections.jetson.mamba.plugins.plugin_utils.transfer import Courier, Parcel
+from ansible_collections.jetson.mamba.plugins.modules.component import ON_DEVICE, PATHS_ON_DEVICE, argument_spec
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building, fetch, settings, supply, wheel_libs
+from ansible_collections.jetson.mamba.plugins.plugin_utils.transfer import Courier, Line, Parcel
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
 _INTERNAL = ("mode", "key", "wheel", "record")
@@ -29,8 +29,11 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         spec = {name: option for name, option in argument_spec().items() if name not in _INTERNAL}
         _validated, options = self.validate_argument_spec(argument_spec=spec)
+        variables = task_vars or {}
+        options.update({name: settings.in_project(options[name], variables) for name in ("cache", "logs")})
+        fetch.use_logins_of(variables, lambda value: self._templar.template(value))
         try:
-            return {**result, **self._bring(options, task_vars or {})}
+            return {**result, **self._bring(options, variables)}
         except Problem as problem:
             return {**result, "failed": True, "msg": problem.render(), "problem": problem.as_dict()}
         except building.StepFailed as failure:
@@ -47,8 +50,11 @@ class ActionModule(ActionBase):
             answer: dict[str, Any] = self._execute_module(module_name=name, module_args=arguments, task_vars=task_vars)
             return answer
 
+        told = {name: options[name] for name in ON_DEVICE if name in options}
+        told["paths"] = {name: paths[name] for name in PATHS_ON_DEVICE}
+
         def step(mode: str, **more: Any) -> dict[str, Any]:
-            answer = run("jetson.mamba.component", {**options, "key": order.key, "mode": mode, **more})
+            answer = run("jetson.mamba.component", {**told, "key": order.key, "mode": mode, **more})
             if answer.get("failed"):
                 raise building.StepFailed(answer)
             return answer
@@ -115,11 +121,12 @@ class ActionModule(ActionBase):
         display = Display()
         if not wheelhouse["build"]:
             raise supply.nowhere(wish, house, known)
+        line = Line(self, task_vars, options["transfer"])
         device = building.Device(
             host=str(task_vars.get("inventory_hostname", "localhost")),
             run=run,
-            send=self._transfer_file,
-            receive=self._connection.fetch_file,
+            send=line.send,
+            receive=line.receive,
             say=display.display,
             lost=(AnsibleConnectionFailure,),
             errors=(OSError, AnsibleError),

@@ -13,6 +13,7 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import deb_install, debs
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_passwords
 from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, fetch, transfer
 
 display = Display()
@@ -44,7 +45,7 @@ class ActionModule(ActionBase):
         except Problem as problem:
             result.update(failed=True, msg=problem.render(), problem=problem.as_dict())
         except DeviceFailed as failed:
-            result.update(failed.answer)
+            result.update(without_passwords(failed.answer))
         return result
 
     def _complete(self, arguments: Data) -> Data:
@@ -55,12 +56,13 @@ class ActionModule(ActionBase):
                 known = variable in self._vars
                 arguments[name] = self._templar.template(self._vars[variable]) if known else default
         arguments["lock_minutes"] = int(arguments["lock_minutes"])
+        arguments["names"] = list(dict.fromkeys(arguments["names"]))
         return arguments
 
     def _ensure(self, arguments: Data) -> Data:
         wishes = [debs.parse_wish(name) for name in arguments["names"]]
         if not wishes:
-            return {"changed": False, "missing": []}
+            return {"changed": False, "missing": [], "files": []}
         answer = self._device("query", arguments["names"], tmp=arguments["tmp"])
         if answer["missing"] and answer["unfinished"] and arguments["state"] == "present":
             # somebody may be at it right now, a run that lost its connection for one
@@ -71,7 +73,7 @@ class ActionModule(ActionBase):
         arguments["tmp"] = answer["tmp"]
         lacking = {row["name"] for row in answer["missing"]}
         wishes = [wish for wish in wishes if wish.text in lacking]
-        result: Data = {"changed": False, "missing": answer["missing"]}
+        result: Data = {"changed": False, "missing": answer["missing"], "files": []}
         if not wishes or arguments["state"] == "query":
             return result
         if answer["unfinished"]:
@@ -94,6 +96,8 @@ class ActionModule(ActionBase):
         steps = {"controller": self._from_controller, "folder": self._from_folder, "device": self._from_device}
         packages = steps[arguments["source"]](arguments, wishes, answer)
         result["packages"] = packages
+        if arguments["source"] == "controller":
+            result["files"] = [{key: row[key] for key in ("filename", "sha256")} for row in packages]
         if arguments["state"] == "present":
             result.update(changed=True, diff=_diff(packages))
         return result
@@ -106,14 +110,26 @@ class ActionModule(ActionBase):
         resolver = deb_resolver.Resolver(fetch.Cache(arguments["cache"]), self._say)
         if self._task.check_mode:
             resolution = resolver.resolve(description, wishes, arguments["repositories"])
+            if arguments["state"] == "fetched":
+                self._announce(resolution.packages, resolver.absent(resolution))
         else:
             resolution, paths = resolver.ensure(description, wishes, arguments["repositories"])
         for line in resolution.warnings:
-            display.warning(f"{self._host}: apt: {line}")
+            display.warning(f"{self._host}: apt: {without_passwords(line)}")
         if arguments["state"] == "present" and not self._task.check_mode:
             files = [{"filename": row["filename"], "sha256": row["sha256"]} for row in resolution.packages]
             self._install(arguments, wishes, list(zip(files, paths, strict=True)))
         return [{key: value for key, value in row.items() if key != "size"} for row in resolution.packages]
+
+    def _announce(self, packages: list[Data], absent: list[Data]) -> None:
+        """Say, in check mode, what would be fetched."""
+        named = " ".join(f"{row['name']} {row['version']}," for row in packages).rstrip(",")
+        size = sum(row["size"] for row in absent) / 1e6
+        self._say(
+            f"would fetch {len(absent)} of {len(packages)} Debian packages, {size:.1f} MB; the device needs {named}"
+            if absent
+            else f"all {len(packages)} Debian packages that the device needs are in the controller's cache: {named}"
+        )
 
     def _from_folder(self, arguments: Data, wishes: list[debs.Wish], answer: Data) -> list[Data]:
         offers = deb_resolver.read_folder(arguments["folder"], fetch.Cache(arguments["cache"]))
@@ -121,6 +137,9 @@ class ActionModule(ActionBase):
         if arguments["state"] == "fetched" or self._task.check_mode:
             named = [{"name": wish.text, "version": _version_of(wish, offers), "old": ""} for wish in wishes]
             absent = [row["name"] for row in named if not row["version"]]
+            if self._task.check_mode and arguments["state"] == "fetched":
+                found = [f"{row['name']} {row['version']}" for row in named if row["version"]]
+                self._say(f"{arguments['folder']} has {', '.join(found) or 'none of what the device needs'}")
             if absent:
                 display.warning(f"{self._host}: no file in {arguments['folder']} is named {', '.join(absent)}")
             return named
@@ -144,6 +163,8 @@ class ActionModule(ActionBase):
     def _from_device(self, arguments: Data, wishes: list[debs.Wish], _answer: Data) -> list[Data]:
         names = [wish.text for wish in wishes]
         if arguments["state"] == "fetched":
+            if self._task.check_mode:
+                self._say(f"the device's own apt would fetch {', '.join(names)}, with all that they need")
             return []
         if self._task.check_mode:
             try:

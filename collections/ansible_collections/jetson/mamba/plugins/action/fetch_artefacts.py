@@ -9,7 +9,7 @@ from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import wheels
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, wheel_libs
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, settings, wheel_libs
 
 display = Display()
 ARGUMENTS: dict[str, Any] = {
@@ -32,6 +32,9 @@ class ActionModule(ActionBase):
         """Fetch, or in check mode say what is not in the cache."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         _validation, arguments = self.validate_argument_spec(ARGUMENTS)
+        variables = task_vars or {}
+        arguments["cache"] = settings.in_project(arguments["cache"], variables)
+        fetch.use_logins_of(variables, lambda value: self._templar.template(value))
         try:
             result.update(self._fetch(arguments, bool(self._task.check_mode)))
         except Problem as problem:

@@ -12,7 +12,8 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import cuda_env, environment, plan, shim
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import components, wheel_libs, wheel_sources
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_userinfo
+from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch, wheel_libs, wheel_sources
 from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import PLAYBOOK_VARIABLES, open_store
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import COMPONENTS, Wishes, read_platforms
@@ -69,13 +70,15 @@ class ActionModule(ActionBase):
                 return result
             groups = task_vars.get("groups", {})
             builder_only = "jetsons" in groups and task_vars["inventory_hostname"] not in groups["jetsons"]
+            settings["jetson_platform_cache"] = checks.in_project(settings["jetson_platform_cache"], task_vars)
             made, problems = self._plan(settings, survey["state"], rows, roles, purpose, builder_only)
         except Problem as refusal:
             return self._refuse(result, [dict(refusal.as_dict(), outcome="jetson_platform")])
         if made is None or (problems and purpose == "provision"):
             return self._refuse(result, problems)
         made["problems"] = problems
-        result.update(changed=False, jetson_mamba_plan=made, purpose=purpose)
+        # it is shown with -v, kept as a fact, and written into the reports
+        result.update(changed=False, jetson_mamba_plan=without_userinfo(made), purpose=purpose)
         return result
 
     @staticmethod
@@ -159,7 +162,7 @@ class ActionModule(ActionBase):
         if match.row is None:
             return None, [match.problem] if match.problem else []
         row = match.row
-        cache = Path(settings["jetson_platform_cache"] or "~/.cache/jetson-mamba").expanduser()
+        cache = Path(settings["jetson_platform_cache"] or fetch.DEFAULT_CACHE).expanduser()
         wishes = Wishes(row, state, settings, Path(settings["source_patches_root"]), cache, display.display)
         scope = wishes.scope
         paths = plan.make_paths(row, state, settings, wishes.env_id)

@@ -8,7 +8,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
-from ansible_collections.jetson.mamba.plugins.plugin_utils import stock, transfer
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, stock, transfer
 
 display = Display()
 MODULE = "jetson.mamba.relay"
@@ -58,6 +58,8 @@ class ActionModule(ActionBase):
         answer: dict[str, Any] = {"changed": False, "clients": clients, "store": {}}
         if not clients:
             return answer
+        for name in users:
+            fetch.use_logins_of(variables["hostvars"][name], lambda value: value)
         parcels = _shared([stock.needed(plans[name], _say) for name in users])
         if not parcels:
             return {**answer, "clients": []}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from ansible.plugins.action import ActionBase
@@ -10,7 +9,7 @@ from ansible.utils.display import Display
 from ansible_collections.jetson.mamba.plugins.module_utils import wheels
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, stock, transfer
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, settings, stock, transfer
 
 display = Display()
 MODULE = "jetson.mamba.wheel_set"
@@ -27,9 +26,12 @@ class ActionModule(ActionBase):
         """Query, fetch, send, install."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         _validation, arguments = self.validate_argument_spec(wheels.ARGUMENTS)
-        host = str((task_vars or {}).get("inventory_hostname", "host"))
+        variables = task_vars or {}
+        host = str(variables.get("inventory_hostname", "host"))
+        arguments["cache"] = settings.in_project(arguments["cache"], variables)
+        fetch.use_logins_of(variables, lambda value: self._templar.template(value))
         try:
-            result.update(self._ensure(arguments, task_vars or {}, host))
+            result.update(self._ensure(arguments, variables, host))
         except Problem as problem:
             result.update(failed=True, msg=problem.render(), problem=problem.as_dict())
         return result
@@ -56,23 +58,8 @@ class ActionModule(ActionBase):
 
         names = {row["name"] for row in missing}
         chosen = self._files(arguments, names, entries, target, cache)
-        parcels = [
-            transfer.Parcel(wheel["local"], wheel["sha256"], wheel["filename"])
-            for wheel in chosen
-            if "remote" not in wheel
-        ]
-        rows = [
-            {
-                "name": wheel["name"],
-                "version": wheel["version"],
-                "sha256": wheel["sha256"],
-                "filename": wheel["filename"],
-                "path": wheel.get("remote"),
-                "url": wheel.get("url"),
-                "keep_origin": wheel["keep_origin"],
-            }
-            for wheel in chosen
-        ]
+        parcels = [transfer.Parcel(wheel.path, wheel.sha256, wheel.filename) for wheel, _keep in chosen]
+        rows = [_row(wheel, keep) for wheel, keep in chosen]
         courier = transfer.Courier(self, task_vars, arguments["tmp"], None, _say, display.warning)
         with (
             courier.delivered(parcels) as folder,
@@ -97,22 +84,15 @@ class ActionModule(ActionBase):
         entries: list[locks.Locked],
         target: Target | None,
         cache: fetch.Cache,
-    ) -> list[dict[str, Any]]:
-        """Return the missing wheels with their verified files."""
-        tick = fetch.Ticker(_say)
-        chosen: list[dict[str, Any]] = []
+    ) -> list[tuple[fetch.Wheel, bool]]:
+        """Return the missing wheels, verified, and of each whether its sha256 is to be noted on the device."""
+        tick, trust = fetch.Ticker(_say), arguments["trust_on_first_use"]
+        chosen: list[tuple[fetch.Wheel, bool]] = []
         if target is not None:
-            locked = stock.locked_files(entries, target, cache, tick, names)
-            chosen += [_row(wheel, keep_origin=False) for wheel in locked]
+            chosen += [(wheel, False) for wheel in stock.locked_files(entries, target, cache, tick, names)]
         for wheel in arguments["extra"]:
-            if wheel["name"] not in names:
-                continue
-            if wheel.get("remote_path"):
-                path = wheel["remote_path"]
-                chosen.append(dict(wheel, remote=path, filename=os.path.basename(path), url=None, keep_origin=True))
-                continue
-            found = stock.extra_file(wheel, target, cache, arguments["trust_on_first_use"], tick)
-            chosen.append(_row(found, keep_origin=True))
+            if wheel["name"] in names:
+                chosen.append((stock.extra_file(wheel, target, cache, trust, tick), True))
         return chosen
 
 
@@ -133,27 +113,26 @@ def _target(arguments: dict[str, Any]) -> Target | None:
 
 def _extra_row(wheel: dict[str, Any], target: Target | None, cache: fetch.Cache) -> dict[str, Any]:
     """Return one extra wheel as the device is asked for it, its name checked against the target."""
-    places = [key for key in ("url", "path", "remote_path") if wheel.get(key)]
+    places = [key for key in ("url", "path") if wheel.get(key)]
     if len(places) != 1:
         raise Problem(
             f"{wheel['name']} has {' and '.join(places) or 'no place'}",
-            "one of url, path or remote_path",
+            "one of url and path",
             "correct where the wheel is named",
         )
     if target is not None:
-        filename = os.path.basename(wheel["remote_path"]) if wheel.get("remote_path") else fetch.wheel_filename(wheel)
-        wheels.check_name(filename, target)
+        wheels.check_name(fetch.wheel_filename(wheel), target)
     digest = fetch.known_sha256(wheel["url"], wheel.get("sha256"), cache) if wheel.get("url") else wheel.get("sha256")
     return {"name": wheel["name"], "version": wheel["version"], "sha256": digest}
 
 
 def _row(wheel: fetch.Wheel, keep_origin: bool) -> dict[str, Any]:
+    """Return a wheel as the device is told of it."""
     return {
         "name": wheel.name,
         "version": wheel.version,
         "sha256": wheel.sha256,
         "filename": wheel.filename,
-        "local": wheel.path,
         "url": wheel.url or None,
         "keep_origin": keep_origin,
     }

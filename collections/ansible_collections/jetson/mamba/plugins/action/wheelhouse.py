@@ -261,14 +261,14 @@ def _remarks(house: store.Wheelhouse, class_id: str) -> list[str]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    seconds = row.get("seconds")
+    seconds, size = row.get("seconds"), row.get("size")
     return [
         str(row.get("component")),
         str(row.get("version")),
         str(row.get("key"))[:12],
-        _megabytes(row.get("size") or 0),
+        _megabytes(size) if isinstance(size, int) else "-",
         _added(row).replace("T", " ").replace("Z", ""),
-        duration(float(seconds)) if seconds is not None else "-",
+        duration(seconds) if isinstance(seconds, (int, float)) else "-",
         str(row.get("origin")),
     ]
 

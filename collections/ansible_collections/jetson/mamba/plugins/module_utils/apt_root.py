@@ -14,14 +14,18 @@ from typing import Any, List, Mapping, NamedTuple, Sequence, Tuple
 
 from ansible_collections.jetson.mamba.plugins.module_utils import debs
 from ansible_collections.jetson.mamba.plugins.module_utils.debs import Change, Row, Simulation
+from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import write_atomic
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # apt can verify signatures and read its settings only where a path needs no quoting
 PLAIN = re.compile(r"/[A-Za-z0-9/._+-]+")
-_INST = re.compile(r"Inst (\S+?)(?::\S+)?(?: \[([^\]]*)\])? \((\S+)[^\[]*\[([^\]]+)\]\)")
-_REMV = re.compile(r"(?:Remv|Purg) (\S+)(?: \[([^\]]*)\])?")
-_URI = re.compile(r"'([^']+)' (\S+) (\d+)(?: (\w+):([0-9A-Fa-f]+))?")
+# what a simulation says of a package; further lists in brackets, of what is broken meanwhile, may follow
+_INST = re.compile(r"Inst ([^\s:]+)(?::\S+)?(?: \[([^\]]*)\])? \((\S+)[^\[]*\[([^\]\s]+)\]\)(?: \[.*)?")
+_REMV = re.compile(r"(?:Remv|Purg) ([^\s:]+)(?::\S+)?(?: \[([^\]]*)\])?(?: \[.*)?")
+_CONF = re.compile(r"Conf ([^\s:]+)(?::\S+)? \((\S+)[^\[]*\[([^\]\s]+)\]\)")
+_ACTIONS = ("Inst", "Remv", "Purg", "Conf")
+_URI = re.compile(r"'([^']+)' ([^\s_]+)_([^\s_]+)_([^\s_]+)\.deb (\d+)(?: (\w+):([0-9A-Fa-f]+))?")
 
 _SETTINGS = """\
 Dir::State "{root}";
@@ -46,6 +50,11 @@ APT::Architectures {{ {architectures} }};
 #clear APT::Update::Post-Invoke-Success;
 APT::Cmd::Pattern-Only "true";
 APT::Get::AllowUnauthenticated "false";
+APT::Get::AutomaticRemove "false";
+APT::Get::allow-downgrades "false";
+APT::Get::allow-remove-essential "false";
+APT::Get::allow-change-held-packages "false";
+APT::Get::force-yes "false";
 APT::Install-Recommends "false";
 APT::Install-Suggests "false";
 APT::Sandbox::User "root";
@@ -102,28 +111,50 @@ def older(one: str, other: str) -> bool:
 
 
 def parse_simulation(printed: str) -> Simulation:
-    """Return what `apt-get --simulate` printed."""
-    install, remove = [], []
-    for line in printed.splitlines():
-        match = _INST.match(line)
-        if match:
-            name, old, new, arch = match.groups()
+    """Return what `apt-get --simulate` printed.
+
+    Raises:
+        Problem: a line that names a change and cannot be read: what is not understood is not allowed.
+    """
+    install: List[Change] = []
+    remove: List[Change] = []
+    configure: List[Change] = []
+    for line in map(str.rstrip, printed.splitlines()):
+        if line.partition(" ")[0] not in _ACTIONS:
+            continue
+        inst, gone, conf = _INST.fullmatch(line), _REMV.fullmatch(line), _CONF.fullmatch(line)
+        if inst:
+            name, old, new, arch = inst.groups()
             install.append(Change(name, arch, old or "", new))
-        match = _REMV.match(line)
-        if match:
-            remove.append(Change(match.group(1).partition(":")[0], "", match.group(2) or "", ""))
-    return Simulation(install, remove)
+        elif gone:
+            remove.append(Change(gone.group(1), "", gone.group(2) or "", ""))
+        elif conf:
+            configure.append(Change(conf.group(1), conf.group(3), conf.group(2), conf.group(2)))
+        else:
+            raise _unreadable(line)
+    return Simulation(install, remove, configure)
+
+
+def _unreadable(line: str) -> Problem:
+    return Problem(
+        f"apt-get prints a line that is not understood: {line!r}",
+        "every change named as apt-get of Debian and Ubuntu names it; nothing was changed",
+        "see what apt makes of it (apt-get --simulate install NAME, on the device) and install these packages "
+        "yourself; please report the line",
+    )
 
 
 def parse_uris(printed: str) -> List[Uri]:
-    """Return what `apt-get --print-uris` printed."""
+    """Return what `apt-get --print-uris` printed. Raises Problem where a line cannot be read."""
     found = []
-    for line in printed.splitlines():
-        match = _URI.fullmatch(line.strip())
-        if match is None:
+    for line in map(str.strip, printed.splitlines()):
+        if not line.startswith("'"):
             continue
-        url, filename, size, kind, digest = match.groups()
-        name, version, arch = (urllib.parse.unquote(part) for part in filename[: -len(".deb")].split("_"))
+        match = _URI.fullmatch(line)
+        if match is None:
+            raise _unreadable(line)
+        url, *parts, size, kind, digest = match.groups()
+        name, version, arch = map(urllib.parse.unquote, parts)
         found.append(Uri(url, name, version, arch, int(size), (digest or "").lower() if kind == "SHA256" else ""))
     return found
 
@@ -186,9 +217,13 @@ class AptRoot:
         write_atomic(path, data, 0o644)
         return path
 
-    def update(self) -> List[str]:
-        """Fetch the package lists; return what apt complained about (lists that it already has stay)."""
-        status, printed, errors = self._apt_get("update")
+    def update(self, options: Sequence[str] = ()) -> List[str]:
+        """Fetch the package lists; return what apt complained about (lists that it already has stay).
+
+        Args:
+            options: further ones of apt-get.
+        """
+        status, printed, errors = self._apt_get(*options, "update")
         found = complaints(printed + errors)
         return found or ([f"apt-get update ended with {status}"] if status else [])
 
@@ -210,6 +245,7 @@ class AptRoot:
 
         Raises:
             AptFailed: apt finds no way.
+            Problem: what it says cannot be read.
         """
         return parse_simulation(self._ask("--simulate", names))
 
@@ -218,6 +254,7 @@ class AptRoot:
 
         Raises:
             AptFailed: apt finds no way.
+            Problem: what it says cannot be read.
         """
         return parse_uris(self._ask("--print-uris", names))
 

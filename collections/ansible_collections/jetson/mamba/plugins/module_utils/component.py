@@ -72,7 +72,7 @@ def install(place: Place, component: str, version: str, wheel: str, record: Dict
 
     Args:
         wheel: path of the wheel on the device; record["wheel_sha256"] is checked against it.
-        record: what to remember; key, version, source_sha256, origin, wheel_sha256, built_at, seconds.
+        record: what to remember; key, version, class_id, sm, build_flags, source_sha256, origin, wheel, wheel_sha256.
 
     Returns:
         The record as written.
@@ -84,8 +84,8 @@ def install(place: Place, component: str, version: str, wheel: str, record: Dict
     if found != record["wheel_sha256"]:
         raise Problem(
             f"{wheel} has the sha256 {found}",
-            "sha256 {}, as after its build".format(record["wheel_sha256"]),
-            f"remove {os.path.dirname(os.path.dirname(wheel))} and run again",
+            "sha256 {}, as in the wheelhouse".format(record["wheel_sha256"]),
+            "run again, to have it sent anew; if it stays, look at the device's storage (dmesg)",
         )
     path = record_path(place, component)
     if os.path.exists(path):

@@ -38,6 +38,10 @@ _OPTIONS = (
     *("-o", "APT::Cmd::Pattern-Only=true", "-o", "APT::Sandbox::User=root", "-o", "Dpkg::Use-Pty=0"),
     *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
     *("-o", f"DPkg::Lock::Timeout={_LOCK_TIMEOUT}"),
+    # whatever the device's own apt.conf allows
+    *("-o", "APT::Get::AutomaticRemove=false", "-o", "APT::Get::allow-downgrades=false"),
+    *("-o", "APT::Get::allow-remove-essential=false", "-o", "APT::Get::allow-change-held-packages=false"),
+    *("-o", "APT::Get::force-yes=false"),
 )
 # apt with nothing but the files that it is given: no source and no pin, its cache of lists left alone. Without sources
 # there is nothing to fetch; --no-download itself makes apt forget where such files are.
@@ -338,7 +342,8 @@ def _install(wishes: Sequence[Wish], words: Sequence[str], only_files: bool, com
         ) from problem
     debs.judge(simulation, debs.held(rows), apt_root.older)
     automatic = set(apt_root.run(["apt-mark", "showauto"])[1].split())
-    _apt_get_install([*_OPTIONS, *(_ONLY_FILES if only_files else ()), "install", "--", *words])
+    # a simulation has to name what would go, so only here it is forbidden
+    _apt_get_install([*_OPTIONS, "--no-remove", *(_ONLY_FILES if only_files else ()), "install", "--", *words])
     lacking = debs.missing(wishes, read_status(), architecture())
     if lacking:
         raise Problem(

@@ -76,10 +76,11 @@ class Change(NamedTuple):
 
 
 class Simulation(NamedTuple):
-    """What apt would do."""
+    """What apt would do; configure also names packages that are there and only wait for their configuration."""
 
     install: List[Change]
     remove: List[Change]
+    configure: Sequence[Change] = ()
 
 
 def parse_wish(text: str) -> Wish:
@@ -293,8 +294,14 @@ def judge(simulation: Simulation, holds: Iterable[str], older: Callable[[str, st
     """
     kept = set(holds)
     refused = [change.words() for change in simulation.remove]
+    installed_too = {change.name for change in simulation.install}
+    refused += [
+        f"{change.name} {change.new} configured (part of L4T)"
+        for change in simulation.configure
+        if is_frozen(change.name) and change.name not in installed_too
+    ]
     for change in simulation.install:
-        if fnmatch.fnmatchcase(change.name, FROZEN):
+        if is_frozen(change.name):
             refused.append(f"{change.words()} (part of L4T)")
         elif change.name in kept:
             refused.append(f"{change.words()} (held)")
@@ -309,9 +316,14 @@ def judge(simulation: Simulation, holds: Iterable[str], older: Callable[[str, st
         )
 
 
+def is_frozen(name: str) -> bool:
+    """Return whether a package, with its architecture behind a colon or without, is a part of L4T itself."""
+    return fnmatch.fnmatchcase(name, FROZEN)
+
+
 def frozen_wishes(wishes: Iterable[Wish]) -> List[str]:
     """Return the wishes that name a part of L4T itself."""
-    return [wish.text for wish in wishes if fnmatch.fnmatchcase(wish.name, FROZEN)]
+    return [wish.text for wish in wishes if is_frozen(wish.name)]
 
 
 # ---------------------------------------------------------------- what a folder lacks

@@ -13,12 +13,17 @@ from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Se
 
 # e_machine of the ELF specification, named as `uname -m` does
 _MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+# those of which a host runs 64-bit little-endian processes
+_WIDE = ("ppc64le", "x86_64", "aarch64", "riscv64")
 HEADER_BYTES = 20
 # where compilers put GPU code: ready to load, and to be linked once more
 FATBIN_SECTIONS = (".nv_fatbin", "__nv_relfatbin")
 # no table of a real library comes near (libtorch_cuda's names take some 30 MB)
 _TABLE_LIMIT = 256 << 20
 _ENTRY_LIMIT = 65536
+# libtorch_cpu looks for some ten thousand names elsewhere, of some kilobytes at the most
+_SYMBOL_LIMIT = 4 << 20
+_NAME_LIMIT = 64 << 10
 
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _SHT_DYNSYM = 11
@@ -40,7 +45,12 @@ def machine_of_header(header: bytes) -> str | None:
         return None
     order = ">" if header[5] == 2 else "<"
     (number,) = struct.unpack_from(order + "H", header, 18)
-    return _MACHINES.get(number, f"machine {number}")
+    machine = _MACHINES.get(number, f"machine {number}")
+    if machine not in _WIDE:
+        return machine
+    # the same instructions, for another kind of process (x32, ILP32, big-endian)
+    kind = "32-bit" if header[4] != 2 else "big-endian" if order == ">" else ""
+    return f"{machine} ({kind})" if kind else machine
 
 
 def machine_of(path: str) -> str | None:
@@ -278,22 +288,37 @@ class _Reader:
         names = self.part(table[self.names][4], table[self.names][5], "its section names")
         fatbins: List[Tuple[int, int]] = []
         undefined: List[bytes] = []
+        tables = 0
         for name, kind, _flags, _address, offset, size, link, _info, _align, _entry in table:
             if _text(names, name) in FATBIN_SECTIONS:
                 if offset + size > self.size:
                     raise ValueError(f"its GPU code reaches {offset + size - self.size} bytes beyond the file's end")
                 fatbins.append((offset, size))
             elif kind == _SHT_DYNSYM and link < len(table):
+                tables += 1
+                if tables > 1:
+                    raise ValueError("it has several tables of symbols, and a library has one")
                 strings = self.part(table[link][4], table[link][5], "its symbol names")
                 undefined += undefined_names(self.part(offset, size - size % 24, "its symbols"), strings)
         return fatbins, undefined
 
 
 def undefined_names(symbols: bytes, strings: bytes) -> Iterable[bytes]:
-    """Return the mangled names that a table of symbols looks for elsewhere, given the table of their names."""
+    """Return the mangled names that a table of symbols looks for elsewhere, given the table of their names.
+
+    Raises:
+        ValueError: there are more of them, or longer ones, than a library has.
+    """
+    if len(symbols) > 24 * _SYMBOL_LIMIT:
+        raise ValueError(f"it claims {len(symbols) // 24} symbols")
+    room = _TABLE_LIMIT
     for name, _info, _other, section, _value, _size in struct.iter_unpack("<IBBHQQ", symbols):
         if section == 0 and strings.startswith(b"_ZN", name):
-            yield strings[name : strings.find(b"\0", name)]
+            end = strings.find(b"\0", name, name + _NAME_LIMIT)
+            room -= end - name
+            if end < 0 or room < 0:
+                raise ValueError("the names of its symbols have no end")
+            yield strings[name:end]
 
 
 def _offset_of(loads: List[Tuple[int, int, int]], address: int) -> int:

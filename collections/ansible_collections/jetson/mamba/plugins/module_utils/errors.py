@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Dict
 
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_passwords
+
 
 class Problem(Exception):
-    """Something that forbids going on.
+    """Something that forbids going on. Passwords in URLs are left out of all three texts.
 
     Args:
         found: what was met, with the value.
@@ -15,10 +17,10 @@ class Problem(Exception):
     """
 
     def __init__(self, found: str, expected: str, next_step: str) -> None:
-        super().__init__(found)
-        self.found = found
-        self.expected = expected
-        self.next_step = next_step
+        self.found: str = without_passwords(found)
+        self.expected: str = without_passwords(expected)
+        self.next_step: str = without_passwords(next_step)
+        super().__init__(self.found)
 
     def render(self) -> str:
         """Return the message as people see it, three labelled lines."""

@@ -5,6 +5,7 @@ the controller, and one function judges both:
 
     filename, tags, record      of a wheel only: its own name, the tags of its WHEEL file, what RECORD disagrees with
     name, version               of METADATA
+    members                     names of all files of a wheel
     libraries                   {path: {machine, needed, soname, runpath, glibc, cxx11, archs, fault}}; archs is
                                 {GPU: {cubins, ptx, bytes}}, fault says why a library could not be read, or is None
 """
@@ -204,12 +205,11 @@ def read_wheel(
                     damage.append(f"{member.filename}: leads out of the site folder")
                 wanted = record.get(member.filename, ("", ""))[0].partition("=")[0]
                 kinds = {"sha256", wanted} if wanted in _HASHES else {"sha256"}
-                copy = None
-                if elf.is_library_name(os.path.basename(member.filename)):
-                    copy = os.path.join(place, "library.so")
+                named = elf.is_library_name(os.path.basename(member.filename))
+                copy = os.path.join(place, "library.so")
                 with archive.open(member) as stream:
-                    digests[member.filename] = _consume(stream, kinds, copy)
-                if copy:
+                    digests[member.filename] = _consume(stream, kinds, copy, named)
+                if os.path.exists(copy):
                     facts = library_facts(copy, read)
                     os.unlink(copy)
                     libraries[member.filename] = facts
@@ -231,6 +231,7 @@ def read_wheel(
         "name": name,
         "version": version,
         "tags": tags,
+        "members": sorted(digests),
         "libraries": libraries,
         "record": damage,
     }
@@ -252,12 +253,19 @@ def _words(error: BaseException) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
 
 
-def _consume(stream: Any, kinds: Iterable[str], copy: Optional[str]) -> Dict[str, str]:
-    """Return the hashes of a member, as RECORD spells them, and write it to a file where one is named."""
+def _consume(stream: Any, kinds: Iterable[str], copy: str, named: bool) -> Dict[str, str]:
+    """Return the hashes of a member, as RECORD spells them.
+
+    A library by its name, or by its first bytes, whatever its name is, is written to the file `copy`.
+    """
     digests = {kind: hashlib.new(kind) for kind in kinds}
-    output: Optional[BinaryIO] = open(copy, "wb") if copy else None  # noqa: SIM115 - only some members are written
+    output: Optional[BinaryIO] = None
+    first = True
     try:
         for block in iter(lambda: stream.read(_BLOCK), b""):
+            if first and (named or elf.machine_of_header(block[: elf.HEADER_BYTES])):
+                output = open(copy, "wb")  # noqa: SIM115 - only some members are written
+            first = False
             for digest in digests.values():
                 digest.update(block)
             if output:
@@ -357,6 +365,7 @@ def judge(
     bench.judge_tags()
     bench.judge_identity()
     bench.judge_record()
+    bench.judge_members()
     bench.judge_libraries()
     bench.judge_gpu_code()
     libraries = facts.get("libraries", {})
@@ -445,7 +454,7 @@ class _Bench:
             parts[-1] += f" (and {len(foreign) - 1} more)"
         if not lies and "tags" not in self.facts:
             next_step = "install it anew"
-        elif not self._is_named_for(machine):
+        elif not self._is_named_for(machine) or any(kind.startswith(machine + " ") for kind in foreign.values()):
             next_step = _CURE
         else:
             kind = next(iter(foreign.values()), None) or re.sub(r"^[a-z]+(_\d+_\d+|\d+)?_", "", others[0])
@@ -512,6 +521,31 @@ class _Bench:
             more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
             self.refuse(damage[0] + more, "members that are exactly those of RECORD, hash by hash", _REFETCH)
 
+    def judge_members(self) -> None:
+        """Every file belongs to the component: pip overwrites what others own, and starts what a .pth file says."""
+        own = {self.wish.component, self.wish.component + ".libs", *self.wish.modules}
+        foreign = []
+        for name in self.facts.get("members", []) if self.wish.component else []:
+            parts = _site_parts(name)
+            top = parts[0] if parts else ""
+            # a module's file has endings of its own: selective_scan_cuda.cpython-310-….so
+            mine = top in own or (len(parts) == 1 and top.partition(".")[0] in own and not top.endswith(".pth"))
+            if not mine and not (len(parts) > 1 and self._is_info(top)):
+                foreign.append(name)
+        if foreign:
+            more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
+            self.refuse(
+                f"it brings {foreign[0]}{more}, which is not part of {self.wish.component}",
+                "files of {} alone ({})".format(self.wish.component, ", ".join(sorted(own))),
+                "take another file; of a source of your own, leave these packages out of its setup.py",
+            )
+
+    def _is_info(self, folder: str) -> bool:
+        """Return whether a folder is the wheel's own .dist-info."""
+        stem, dot, ending = folder.rpartition(".")
+        name = records.canonical_name(stem.partition("-")[0])
+        return bool(dot) and ending == "dist-info" and name == records.canonical_name(self.wish.component)
+
     def judge_libraries(self) -> None:
         """Libraries are whole, for this Python, this C library and this std::string; the modules are there."""
         wish = self.wish
@@ -543,7 +577,9 @@ class _Bench:
                     ),
                 )
         for module in wish.modules:
-            if "libraries" in self.facts and not any(self._module_of(path) == module for path in self.libraries):
+            # elsewhere it is not found: `import selective_scan_cuda` looks into the site folder alone
+            found = any(len(_site_parts(path)) == 1 and self._module_of(path) == module for path in self.libraries)
+            if "libraries" in self.facts and not found:
                 there = ", ".join(sorted(map(os.path.basename, self.libraries))) or "no library"
                 self.refuse(
                     f"it holds no extension {module} (it holds {there})",
@@ -636,6 +672,12 @@ class _Bench:
                     cost / 1e6,
                 )
             )
+
+
+def _site_parts(name: str) -> List[str]:
+    """Return the parts of the path below the site folder at which a member of a wheel is installed."""
+    parts = name.split("/")
+    return parts[2:] if parts[0].endswith(".data") and parts[1:2] in (["purelib"], ["platlib"]) else parts
 
 
 def _order(code: str) -> Tuple[int, str]:

@@ -8,7 +8,7 @@ import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from ansible_collections.jetson.mamba.plugins.module_utils import inspection
+from ansible_collections.jetson.mamba.plugins.module_utils import inspection, swap
 from ansible_collections.jetson.mamba.plugins.module_utils.cuda_env import sshd_problem
 from ansible_collections.jetson.mamba.plugins.module_utils.records import canonical_name
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import same_version
@@ -232,6 +232,8 @@ def builder_problems(
 ) -> List[Dict[str, str]]:
     """Return everything that keeps a host from building a component for its class, all at once.
 
+    Memory that lacks is made up for by swap on the disk of the builds, where wheelhouse_swap_mb lets it.
+
     Args:
         row: the platform row.
         state: the survey.
@@ -239,7 +241,15 @@ def builder_problems(
         needs: {disk_mb: {root, user, tmp, build}, memory_mb} of the build, the environment that it needs included.
         component: such as mamba_ssm.
     """
-    problems = _disk_problems(state, needs["disk_mb"], True) + _memory_problems(state, needs["memory_mb"], component)
+    memory, size = needs["memory_mb"], settings["wheelhouse_swap_mb"]
+    free = swap.Memory(state["memory"]["available_mb"], state["memory"]["swap_free_mb"])
+    more = swap.wanted_size(size, memory, free)
+    disk = dict(needs["disk_mb"], build=needs["disk_mb"].get("build", 0) + more)
+    problems = _disk_problems(state, disk, True)
+    problems += [
+        dict(item, next="{}, or let the run make swap for the build: wheelhouse_swap_mb: -1".format(item["next"]))
+        for item in _memory_problems(state, memory - more, component)
+    ]
     toolkit = find_toolkit(row, state, settings)
     comes = settings.get("cuda_env_install") and settings.get("cuda_env_state") != "absent"
     if str(row["sm"]) != "cpu" and not comes and not (toolkit and toolkit["nvcc"]):

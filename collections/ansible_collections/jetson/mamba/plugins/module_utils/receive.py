@@ -25,18 +25,15 @@ import stat
 import tarfile
 import tempfile
 import time
-from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set
-from urllib.parse import urlsplit
+from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Set, Union
 
+from ansible_collections.jetson.mamba.plugins.module_utils import download
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
 
 INCOMING = "jetson-mamba-incoming."
 DELIVERY = "jetson-mamba-delivery."
 STALE_SECONDS = 12 * 3600
-# the connection of a peer is a local one; one that says nothing for so long is gone
-PEER_TIMEOUT_SECONDS = 20.0
-CONNECT_TIMEOUT_SECONDS = 5.0
 # below this in a whole call, the controller is the faster way
 SLOWEST_PULL_BYTES = 256 << 10
 _BLOCK_BYTES = 1 << 20
@@ -458,22 +455,23 @@ def close(tmp: str, folder: Optional[str], wanted: Sequence[Row]) -> Dict[str, A
     return {"left": [path for path in [folder] if path and os.path.lexists(path)]}
 
 
-# ---------------------------------------------------------------- from a peer
+# ---------------------------------------------------------------- fetched by the device itself
 
 
 def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: float) -> Dict[str, Any]:
-    """Fetch files from a relay for a while; what was fetched before is kept and gone on with.
+    """Fetch files for a while; what was fetched before is kept and gone on with.
 
     Args:
         tmp: the folder for transfers.
-        url: http://address:port/token; files are asked for below it by their sha256.
-        wanted: rows of sha256 and size.
+        url: of a relay, http://address:port/token, where files are asked for by their sha256; "" to fetch each file
+            from its own address.
+        wanted: rows of sha256 and size; without a relay also url.
         part_bytes: size of the parts that may have arrived from the controller before.
-        seconds: after how long to return.
+        seconds: after how long to return, to be asked again.
 
     Returns:
-        done ([sha256], verified), had ({sha256: bytes}), free_bytes, received (bytes in this call), and trouble (why
-        the relay is not to be used any more, or None). A relay that fails is trouble, not an error.
+        done ([sha256], verified), had ({sha256: bytes}), free_bytes, received (bytes in this call), and failed
+        ({sha256: why it is not to be asked for again}). A server that fails is no error.
 
     Raises:
         Problem: the disk is full or tmp cannot be written.
@@ -483,32 +481,36 @@ def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: fl
     lacking = sum(_lacking(Arrival(tmp, row, part_bytes)) for row in wanted)
     if lacking >= free_bytes(incoming):
         raise no_room(tmp, free_bytes(incoming), lacking)
-    state = _Pull(url, time.monotonic() + seconds)
+    state = _Pull(download.Peer(url) if url else download.Internet(), time.monotonic() + seconds)
     done, had = [], {}
-    trouble: Optional[str] = None
+    failed: Dict[str, str] = {}
+    arrived = 0
     try:
         for row in wanted:
             arrival = Arrival(tmp, row, part_bytes)
             with arrival.locked():
                 if not arrival.is_whole():
                     arrival.join()
-                    if not trouble and not state.is_over():
-                        trouble = _pull_one(state, arrival)
+                    reason = state.fetch(row, arrival)
+                    if reason:
+                        failed[arrival.sha256] = reason
+                    arrived += arrival.is_whole()
                 if arrival.is_whole():
                     done.append(arrival.sha256)
                 had[arrival.sha256] = arrival.size if arrival.is_whole() else arrival.body_size()
     except OSError as error:
         _raise_problem(error, tmp)
     finally:
-        state.hang_up()
-    if not trouble and len(done) < len(wanted) and state.received < SLOWEST_PULL_BYTES:
-        trouble = f"it sent {state.received} bytes in {seconds:.0f} s"
+        state.line.hang_up()
+    if not failed and not arrived and len(done) < len(wanted) and state.received < SLOWEST_PULL_BYTES:
+        reason = f"it sent {state.received} bytes in {seconds:.0f} s"
+        failed = {str(row["sha256"]): reason for row in wanted if row["sha256"] not in done}
     return {
         "done": done,
         "had": had,
         "free_bytes": free_bytes(incoming_folder(tmp)),
         "received": state.received,
-        "trouble": trouble,
+        "failed": failed,
     }
 
 
@@ -516,91 +518,103 @@ def _lacking(arrival: Arrival) -> int:
     return 0 if arrival.is_whole() else max(0, arrival.size - arrival.body_size())
 
 
-class _Refused(Exception):
-    """The relay answered something else than the file."""
-
-
 class _Pull:
-    """A connection to a relay; proxies of the environment are not asked, for it is a neighbour."""
+    """One call's fetching: until when, how much has come, and which servers are not to be asked again."""
 
-    def __init__(self, url: str, deadline: float) -> None:
-        self._place = urlsplit(url)
-        self._deadline = deadline
-        self._connection: Optional[http.client.HTTPConnection] = None
+    def __init__(self, line: Union[download.Peer, download.Internet], deadline: float) -> None:
+        self.line = line
         self.received = 0
+        self._deadline = deadline
+        self._lost: Dict[str, str] = {}
 
     def is_over(self) -> bool:
         """Return whether the time is up."""
         return time.monotonic() >= self._deadline
 
-    def ask(self, sha256: str, offset: int) -> http.client.HTTPResponse:
-        """Ask for a file from an offset on."""
-        if self._connection is None:
-            host, port = self._place.hostname or "", self._place.port
-            self._connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_SECONDS)
-            self._connection.connect()
-            if self._connection.sock:
-                self._connection.sock.settimeout(PEER_TIMEOUT_SECONDS)
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        self._connection.request("GET", f"{self._place.path.rstrip('/')}/{sha256}", headers=headers)
-        return self._connection.getresponse()
-
-    def hang_up(self) -> None:
-        """Close the connection."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _pull_one(state: _Pull, arrival: Arrival) -> Optional[str]:
-    """Fetch one file as far as the time allows; returns what is wrong with the relay, or None."""
-    offset = arrival.body_size()
-    if offset > arrival.size:
-        os.unlink(arrival.body)
-        offset = 0
-    try:
-        if offset < arrival.size or arrival.size == 0:
-            offset = _stream(state, arrival, offset)
-    except (_Refused, http.client.HTTPException) as error:
-        state.hang_up()
-        return str(error) or type(error).__name__
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-            raise
-        state.hang_up()
-        return f"it does not answer ({error.strerror or error})"
-    if offset < arrival.size:
+    def fetch(self, row: Row, arrival: Arrival) -> Optional[str]:
+        """Fetch one file as far as the time allows; returns why it cannot be had, or None."""
+        place = self.line.place(row)
+        if place in self._lost:
+            return self._lost[place]
+        try:
+            self._go_on(row, arrival)
+        except download.Trouble as trouble:
+            self.line.hang_up()
+            found = self.line.wrong(trouble)
+            if found.place:
+                self._lost[place] = str(found)
+            return str(found)
         return None
-    if arrival.verify():
-        return None
-    os.unlink(arrival.body)
-    return f"what it sent as {arrival.sha256[:12]}… has another sha256"
 
-
-def _stream(state: _Pull, arrival: Arrival, offset: int) -> int:
-    """Append what the relay sends to the body; returns how many bytes of the file are there then."""
-    response = state.ask(arrival.sha256, offset)
-    if response.status == http.client.OK:
-        offset = 0
-    elif response.status != http.client.PARTIAL_CONTENT:
-        raise _Refused(f"it answers {response.status} {response.reason}")
-    elif not (response.getheader("Content-Range") or "").startswith(f"bytes {offset}-"):
-        raise _Refused("it sends another range than was asked for")
-    with open(arrival.body, "ab") as output:
-        output.truncate(offset)
-        while offset < arrival.size:
-            if state.is_over():
-                state.hang_up()
-                return offset
+    def _go_on(self, row: Row, arrival: Arrival) -> None:
+        """Fetch one file, again from where a cut came. Raises Trouble where it cannot be had."""
+        for attempt in range(1, self.line.attempts + 1):
+            if self.is_over():
+                return
+            offset = arrival.body_size()
+            if offset > arrival.size:
+                os.unlink(arrival.body)
+                offset = 0
             try:
-                block = response.read(min(_BLOCK_BYTES, arrival.size - offset))
-            except socket.timeout as error:
-                raise _Refused(f"it was silent for {PEER_TIMEOUT_SECONDS:.0f} s") from error
-            if not block:
-                raise _Refused(f"it ended at {offset} of {arrival.size} bytes")
-            output.write(block)
-            offset += len(block)
-            state.received += len(block)
-    if response.read(1):
-        state.hang_up()
+                if offset < arrival.size or arrival.size == 0:
+                    offset = self._stream(row, arrival, offset)
+            except download.Trouble as trouble:
+                self.line.hang_up()
+                if not trouble.cut or attempt == self.line.attempts:
+                    raise
+                continue
+            if offset == arrival.size and not arrival.verify():
+                os.unlink(arrival.body)
+                raise download.Trouble(f"what it sent as {arrival.sha256[:12]}… has another sha256")
+            return
+
+    def _stream(self, row: Row, arrival: Arrival, offset: int) -> int:
+        """Append what the server sends to the body; returns how many bytes of the file are there then."""
+        response = self.line.ask(row, offset)
+        offset = _first_byte(response, arrival.size, offset, self.line.needs_range)
+        with open(arrival.body, "ab") as output:
+            output.truncate(offset)
+            while offset < arrival.size:
+                if self.is_over():
+                    self.line.hang_up()
+                    return offset
+                block = self._read(response, min(_BLOCK_BYTES, arrival.size - offset))
+                if not block:
+                    raise download.Trouble(f"it ended at {offset} of {arrival.size} bytes", cut=True)
+                output.write(block)
+                offset += len(block)
+                self.received += len(block)
+        if self._read(response, 1):
+            self.line.hang_up()
+        return offset
+
+    def _read(self, response: http.client.HTTPResponse, size: int) -> bytes:
+        """Return what comes next, as soon as it comes; b"" at the end."""
+        try:
+            return response.read1(size)
+        except socket.timeout as error:
+            raise download.Trouble(f"it was silent for {self.line.patience:.0f} s", cut=True) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise download.Trouble(f"the connection was lost ({reason})", cut=True) from error
+
+
+def _first_byte(response: http.client.HTTPResponse, size: int, offset: int, needs_range: bool) -> int:
+    """Return the byte of the file that an answer begins with. Raises Trouble where it is none with the file."""
+    if response.status not in (http.client.OK, http.client.PARTIAL_CONTENT):
+        raise download.Trouble(f"it answers {response.status} {response.reason}")
+    if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
+        raise download.Trouble("it sends the file encoded, as it was not asked to")
+    if response.status == http.client.PARTIAL_CONTENT:
+        found = (response.getheader("Content-Range") or "").strip()
+        if not found.startswith(f"bytes {offset}-"):
+            raise download.Trouble("it sends another range than was asked for")
+        total = found.rpartition("/")[2]
+    elif offset and needs_range:
+        # else a file that takes longer than one call would begin again with each
+        raise download.Trouble("it cannot go on with a file that has begun to arrive")
+    else:
+        offset, total = 0, response.getheader("Content-Length") or ""
+    if total.isdigit() and int(total) != size:
+        raise download.Trouble(f"it has a file of {total} bytes there, not of {size}")
     return offset

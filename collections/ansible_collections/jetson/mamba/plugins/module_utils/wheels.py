@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import tarfile
 import zipfile
 from typing import Any, Mapping, NamedTuple, Sequence
 from urllib.parse import quote
@@ -32,7 +31,6 @@ from ansible_collections.jetson.mamba.plugins.module_utils.versions import (
     tag_mismatch,
 )
 
-SMALL_FILES = "small.tar"
 # in a .dist-info folder: the sha256 of the file that was installed, where there is no URL to name
 ORIGIN = "jetson-mamba-origin.json"
 _ERROR_TAIL = 2000
@@ -42,7 +40,6 @@ EXTRA: dict[str, Any] = {
     "version": {"type": "str", "required": True},
     "url": {"type": "str"},
     "path": {"type": "str"},
-    "remote_path": {"type": "path"},
     "sha256": {"type": "str"},
 }
 ARGUMENTS: dict[str, Any] = {
@@ -60,6 +57,8 @@ ARGUMENTS: dict[str, Any] = {
     "wheels": {"type": "list", "elements": "dict"},
     "source_dir": {"type": "path"},
 }
+# what the controller's half passes on; the rest is its own affair, and a device logs what its modules are told
+ON_DEVICE = ("python", "site_packages", "tmp", "scope", "verify_hashes", "mode", "wheels", "source_dir")
 Row = Mapping[str, Any]
 
 
@@ -217,24 +216,15 @@ def locate(wheels: Sequence[Row], source_dir: str) -> list[dict[str, Any]]:
     """Return the wheels with the path of each file, every file's sha256 compared.
 
     Args:
-        wheels: {name, version, filename, sha256, path?}; path names a file elsewhere on this machine.
-        source_dir: folder of the files that were sent; small ones may be in its tar file.
+        wheels: {name, version, filename, sha256} each.
+        source_dir: folder of the files that were sent.
 
     Raises:
         Problem: a file is absent, or arrived with another checksum.
     """
-    packed = os.path.join(source_dir, SMALL_FILES) if source_dir else ""
-    if packed and os.path.isfile(packed):
-        with tarfile.open(packed) as archive:
-            for member in archive.getmembers():
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is not None:
-                    with open(os.path.join(source_dir, os.path.basename(member.name)), "wb") as handle:
-                        shutil.copyfileobj(stream, handle)
-        os.unlink(packed)
     located = []
     for wheel in wheels:
-        path = wheel.get("path") or os.path.join(source_dir, wheel["filename"])
+        path = os.path.join(source_dir, wheel["filename"])
         actual = sha256_file(path)
         if actual is None or (wheel.get("sha256") and actual != wheel["sha256"]):
             raise Problem(

@@ -50,11 +50,14 @@ options:
     type: dict
     default: {}
   cache:
-    description: Folder on the controller for downloads and packed sources. Empty means C(~/.cache/jetson-mamba).
+    description:
+      - Folder on the controller for downloads and packed sources; a relative one is below the project. Empty means
+        C(~/.cache/jetson-mamba).
     type: str
     default: ""
   logs:
-    description: Folder on the controller that the whole log of a failed build is copied to.
+    description:
+      - Folder on the controller that the whole log of a failed build is copied to; a relative one is below the project.
     type: str
     default: logs
   build_root:
@@ -176,8 +179,12 @@ build_failed:
 """
 
 
+# what the action needs itself and does not pass on: a device logs what its modules are told
+ON_CONTROLLER = ("source", "patch_root", "companions", "cache", "logs", "class_id", "wheelhouse", "l4t")
+
+
 def argument_spec() -> dict[str, dict[str, object]]:
-    """Return the options of the module, which are those of the action too."""
+    """Return the options of the action, among them those of the module (all but ON_CONTROLLER)."""
     return {
         "component": {"type": "str", "required": True},
         "version": {"type": "str", "required": True},
@@ -248,7 +255,8 @@ def serve(request: build.Request, mode: str, arguments: dict[str, object], check
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    spec = {name: option for name, option in argument_spec().items() if name not in ON_CONTROLLER}
+    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     arguments = module.params
     if not arguments["mode"] or not arguments["key"]:
         module.fail_json(msg="this module is a part of the action of the same name; run it as a task of a playbook")

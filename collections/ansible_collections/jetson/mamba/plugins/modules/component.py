@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Build and install a component, and remember how it came to be."""
+"""Install a component, and remember how it came to be."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ options:
     type: dict
     default: {}
   paths:
-    description: C(jetson_platform_plan.paths); used are C(python), C(site_packages), C(state), C(build), C(cuda_home).
+    description:
+      - C(jetson_platform_plan.paths); used are C(python), C(site_packages), C(state), C(build), C(cuda_home) and
+        C(tmp).
     type: dict
     required: true
   scope:
@@ -59,11 +61,14 @@ options:
     type: str
     required: true
   cache:
-    description: Folder on the controller for downloads and packed sources. Empty means C(~/.cache/jetson-mamba).
+    description:
+      - Folder on the controller for downloads and packed sources; a relative one is below the project. Empty means
+        C(~/.cache/jetson-mamba).
     type: str
     default: ""
   logs:
-    description: Folder on the controller that the whole log of a failed build is copied to.
+    description:
+      - Folder on the controller that the whole log of a failed build is copied to; a relative one is below the project.
     type: str
     default: logs
   reinstall:
@@ -116,7 +121,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Build and install causal_conv1d
+- name: Install causal_conv1d
   jetson.mamba.component:
     component: causal_conv1d
     version: 1.6.0
@@ -149,7 +154,7 @@ built:
   returned: when installed
   type: bool
 record:
-  description: How the installed component came to be (key, version, source, wheel, times, L4T release).
+  description: How the installed component came to be (key, version, class, origin of its wheel, times, L4T release).
   returned: success
   type: dict
 key:
@@ -159,8 +164,13 @@ key:
 """
 
 
+# what the action passes on; the rest is the controller's affair, and a device logs what its modules are told
+ON_DEVICE = ("component", "version", "paths", "scope", "mode", "key", "wheel", "record")
+PATHS_ON_DEVICE = ("python", "site_packages", "state")
+
+
 def argument_spec() -> dict[str, dict[str, object]]:
-    """Return the options of the module, which are those of the action too."""
+    """Return the options of the action, among them those of the module (ON_DEVICE)."""
     return {
         "component": {"type": "str", "required": True},
         "version": {"type": "str", "required": True},
@@ -188,7 +198,8 @@ def argument_spec() -> dict[str, dict[str, object]]:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=argument_spec(), supports_check_mode=True)
+    spec = {name: option for name, option in argument_spec().items() if name in ON_DEVICE}
+    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     arguments = module.params
     if not arguments["mode"] or not arguments["key"]:
         module.fail_json(msg="this module is a part of the action of the same name; run it as a task of a playbook")

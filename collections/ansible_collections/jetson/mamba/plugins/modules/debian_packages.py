@@ -33,7 +33,7 @@ options:
   state:
     description:
       - V(query) says what is missing. V(fetched) also works out what that needs and has it in the controller's cache;
-        the device stays as it is. V(present) installs, and needs become.
+        the device stays as it is. In check mode it says what would be fetched. V(present) installs, and needs become.
     type: str
     choices: [query, fetched, present]
     default: present
@@ -133,6 +133,12 @@ packages:
   description: What is, or in check mode would be, installed or upgraded; name, version, arch, old, and where the
     controller knows them sha256 and url.
   returned: success, where something was missing
+  type: list
+  elements: dict
+files:
+  description: The files in the controller's cache that the device needs, filename and sha256; empty where the packages
+    come from elsewhere. Of V(fetched) in check mode, those that would be there.
+  returned: success
   type: list
   elements: dict
 """

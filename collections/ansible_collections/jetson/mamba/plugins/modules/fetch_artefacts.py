@@ -37,7 +37,7 @@ options:
     type: bool
     default: false
   cache:
-    description: The controller's cache; where not set, C(~/.cache/jetson-mamba).
+    description: The controller's cache, a relative one below the project; where not set, C(~/.cache/jetson-mamba).
     type: str
 attributes:
   check_mode:

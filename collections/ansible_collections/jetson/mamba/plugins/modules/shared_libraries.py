@@ -59,6 +59,11 @@ packages:
   returned: always
   type: list
   elements: str
+reasons:
+  description: The same packages as a plan has them; name, and why with the library.
+  returned: success
+  type: list
+  elements: dict
 """
 
 
@@ -81,6 +86,9 @@ def main() -> None:
     _status, printed, _errors = module.run_command([ldconfig, "-p"], check_rc=True)
     missing = sorted(set(wanted) - sonames(printed))
     packages = sorted({wanted[name] for name in missing} - {""})
+    # the first library of each, in the words of the plan
+    why = {wanted[name]: f"{name}, which the torch wheel is linked with" for name in reversed(missing)}
+    reasons = [{"name": name, "why": why[name]} for name in packages]
     if missing and module.params["required"]:
         problem = Problem(
             "the linker finds no {}".format(", ".join(missing)),
@@ -89,7 +97,7 @@ def main() -> None:
             "-e debian_packages_source=controller".format(" ".join(packages) or "what brings them"),
         )
         module.fail_json(msg=problem.render(), problem=problem.as_dict(), missing=missing, packages=packages)
-    module.exit_json(changed=False, missing=missing, packages=packages)
+    module.exit_json(changed=False, missing=missing, packages=packages, reasons=reasons)
 
 
 if __name__ == "__main__":

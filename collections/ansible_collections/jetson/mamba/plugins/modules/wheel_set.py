@@ -56,9 +56,6 @@ options:
       path:
         description: A file on the controller.
         type: str
-      remote_path:
-        description: A file on the device, for example one that was built there.
-        type: path
       sha256:
         description: Checksum; null where nobody published one.
         type: str
@@ -67,7 +64,7 @@ options:
     type: bool
     default: false
   cache:
-    description: The controller's cache.
+    description: The controller's cache, a relative one below the project; where not set, C(~/.cache/jetson-mamba).
     type: str
   tmp:
     description: Folder on the device for files in transfer.
@@ -116,17 +113,6 @@ EXAMPLES = r"""
       - name: torch
         version: 2.5.0a0+872d972e41.nv24.8
         path: wheels/torch-2.5.0a0+872d972e41.nv24.08.17622132-cp310-cp310-linux_aarch64.whl
-
-- name: Install what was built on the device
-  jetson.mamba.wheel_set:
-    python: /opt/jetson-mamba/envs/torch2.5.0a0-cp310-1a2b3c4d/bin/python
-    site_packages: /opt/jetson-mamba/envs/torch2.5.0a0-cp310-1a2b3c4d/lib/python3.10/site-packages
-    tmp: /opt/jetson-mamba/tmp
-    target: {machine: aarch64, python: "3.10", glibc: "2.35"}
-    extra:
-      - name: causal_conv1d
-        version: 1.6.0
-        remote_path: /opt/jetson-mamba/build/causal_conv1d/causal_conv1d-1.6.0-cp310-cp310-linux_aarch64.whl
 """
 
 RETURN = r"""
@@ -150,7 +136,8 @@ conflicts:
 
 def main() -> None:
     """Run the device's half."""
-    module = AnsibleModule(argument_spec=wheels.ARGUMENTS, supports_check_mode=True)
+    spec = {name: wheels.ARGUMENTS[name] for name in wheels.ON_DEVICE}
+    module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
     arguments = module.params
     if arguments["wheels"] is None:
         module.fail_json(msg="wheel_set works through its action plugin of the same name, on the controller")

@@ -14,15 +14,23 @@ from typing import Any
 from ansible_collections.jetson.mamba.plugins.module_utils.build import build_key, job_folder
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
-from ansible_collections.jetson.mamba.plugins.plugin_utils import components, sources, supply, transfer
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_passwords
+from ansible_collections.jetson.mamba.plugins.plugin_utils import (
+    components,
+    fetch,
+    report,
+    sources,
+    supply,
+    transfer,
+)
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
+from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse_lock import duration as duration
 
 # the device answers at once when a build ends; until then it stays this long before it says how far it is
 POLL_SECONDS = 10
 # a reboot, a Wi-Fi that comes back: the build doesn't need the connection, so neither does giving up
 PATIENCE_SECONDS = 600
 RETRY_SECONDS = 10
-DEFAULT_CACHE = "~/.cache/jetson-mamba"
 
 
 class StepFailed(Exception):
@@ -75,12 +83,14 @@ class Order:
         source: its packed source on the controller.
         key: digest of everything that the wheel is made from.
         arguments: of the module jetson.mamba.build_wheel, all but mode.
+        special: why upstream's ordinary build will not do (see supply.find_special), or None.
     """
 
     row: components.Component
     source: sources.SourceArchive
     key: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    special: str | None = None
 
     def wish(self, class_id: str) -> supply.Wish:
         """Return what the wheel of this order must be, for hosts of a class."""
@@ -92,6 +102,7 @@ class Order:
             class_id=class_id,
             source_sha256=self.source.sha256,
             flags=tuple(self.arguments["build_flags"]),
+            special=self.special,
         )
 
     @property
@@ -102,7 +113,7 @@ class Order:
 
 def cache_folder(setting: str | None) -> Path:
     """Return the controller's cache folder for a setting that may be empty."""
-    return Path(setting or DEFAULT_CACHE).expanduser()
+    return fetch.Cache(setting).root
 
 
 def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = None) -> Order:
@@ -136,7 +147,6 @@ def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = No
         "python": options["python"],
         "scope": options.get("scope") or "venv",
         "cuda_home": options["cuda_home"] or "/usr/local/cuda",
-        "class_id": options["class_id"],
         "sm": str(options["sm"]),
         "max_jobs": int(options.get("max_jobs") or 0),
         "build_flags": flags,
@@ -147,17 +157,10 @@ def make_order(options: Mapping[str, Any], say: Callable[[str], Any] | None = No
         "job_memory_mb": row.memory_for(str(options["sm"])),
         "disk_mb": row.disk_mb,
     }
-    return Order(row, source, key, arguments)
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as people write it: 45s, 1m20s, 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    special = supply.find_special(
+        row.name, row.version, flags, options.get("patch_root"), options.get("companions") or {}
+    )
+    return Order(row, source, key, arguments, special)
 
 
 def progress_line(host: str, component: str, status: Mapping[str, Any]) -> str:
@@ -268,13 +271,13 @@ def build(
                 "builder": device.host,
                 "l4t": l4t,
                 "seconds": built["seconds"],
-                "source": order.source.origin,
+                "source": without_passwords(order.source.origin),
             }
             try:
-                supply.inspect(wish, wheel)
+                inspected = supply.inspect(wish, wheel)
             except Problem as problem:
                 raise WrongWheel(problem.found, problem.expected, problem.next_step) from problem
-            kept = supply.keep(house, wish, wheel, facts, log if log.is_file() else None)
+            kept = supply.keep(house, wish, wheel, facts, log if log.is_file() else None, inspected)
         left = device.run("jetson.mamba.build_wheel", {**order.arguments, "mode": "discard"})
         if left.get("failed"):
             device.say(f"{device.host} | the wheel is kept, but {order.folder} stays there: {left.get('msg')}")
@@ -317,7 +320,7 @@ def _patiently(
 
 def _with_log(device: Device, order: Order, failure: dict[str, Any], logs: str) -> dict[str, Any]:
     """Return a failure with the place of the copied log in it."""
-    local = Path(logs).expanduser() / device.host / f"{order.row.name}-{order.key[:12]}.log"
+    local = Path(logs).expanduser() / report.file_stem(device.host) / f"{order.row.name}-{order.key[:12]}.log"
     with contextlib.suppress(OSError, *device.lost, *device.errors):
         local.parent.mkdir(parents=True, exist_ok=True)
         device.receive(f"{order.folder}/log", str(local))

@@ -23,14 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.jetson.mamba.plugins.module_utils import apt_root, debs
+from ansible_collections.jetson.mamba.plugins.module_utils import apt_root, debs, passwords
 from ansible_collections.jetson.mamba.plugins.module_utils.debs import Row, Wish
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file, write_atomic
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch
+from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, transfer
 
 SCHEMA = 1
 HELPER = "/usr/lib/apt/apt-helper"
+# this machine's own, which stays in force
+APT_LOGINS = Path("/etc/apt/auth.conf")
 _PACKAGE_KEYS = {"name", "version", "arch", "old", "filename", "sha256", "size", "url"}
 _HEAD_BYTES = 32 << 20
 
@@ -44,12 +46,14 @@ class Resolution:
         lock: the file that keeps it.
         reused: whether it was worked out before.
         warnings: what apt complained about.
+        logins: the sources with user and password; nothing else here has any, and no file does.
     """
 
     packages: list[dict[str, Any]]
     lock: Path
     reused: bool = False
     warnings: list[str] = field(default_factory=list)
+    logins: list[str] = field(default_factory=list, repr=False)
 
 
 def alternatives(names: Sequence[str]) -> str:
@@ -88,14 +92,14 @@ class Resolver:
         Raises:
             Problem: no apt-get here; a package that no source has; apt finds no way; a change that is not allowed.
         """
-        sources, dropped = _sources(description, repositories)
+        sources, dropped, logins = _sources(description, repositories)
         place = {name: description[name] for name in ("architecture", "foreign", "keys", "trusted", "preferences")}
         place_digest = _digest([place, sources])
         names = sorted(wish.text for wish in wishes)
         lock = self._cache.root / "debs" / (_digest([place_digest, description["status"], names]) + ".json")
         known = None if fresh else _read_lock(lock)
         if known is not None:
-            return Resolution(known, lock, reused=True)
+            return Resolution(known, lock, reused=True, logins=logins)
         if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
             raise Problem(
                 f"the device lacks {', '.join(names)}, and this controller has no apt-get to find out what they need",
@@ -105,10 +109,10 @@ class Resolver:
         with self._cache.locked(f"debs-{place_digest[:32]}", self._tick, "package lists"):
             known = None if fresh else _read_lock(lock)
             if known is not None:
-                return Resolution(known, lock, reused=True)
+                return Resolution(known, lock, reused=True, logins=logins)
             self._say(f"working out what {' '.join(names)} need on {description['architecture']}")
             folder = self._cache.root / "debs" / "lists" / place_digest[:32]
-            packages, warnings = _work_out(folder, description, sources, dropped, list(wishes))
+            packages, warnings = _work_out(folder, description, sources, dropped, list(wishes), logins)
         data = {
             "schema": SCHEMA,
             "architecture": description["architecture"],
@@ -118,7 +122,7 @@ class Resolver:
             "packages": packages,
         }
         write_atomic(str(lock), (json.dumps(data, indent=2, sort_keys=True) + "\n").encode("utf-8"), 0o644)
-        return Resolution(packages, lock, warnings=warnings)
+        return Resolution(packages, lock, warnings=warnings, logins=logins)
 
     def ensure(
         self, description: Mapping[str, Any], wishes: Sequence[Wish], repositories: Sequence[str]
@@ -146,10 +150,16 @@ class Resolver:
         for number, row in enumerate(resolution.packages, start=1):
             count = len(resolution.packages)
             self._tick(f"fetching package {number} of {count} ({total} MB in all): {row['filename']}")
-            paths.append(self._file(row))
+            paths.append(self._file(row, resolution.logins))
         return paths
 
-    def _file(self, row: Mapping[str, Any]) -> Path:
+    def absent(self, resolution: Resolution) -> list[dict[str, Any]]:
+        """Return the packages whose files the cache lacks. Fetches nothing."""
+        return [
+            row for row in resolution.packages if self._cache.find(str(row["sha256"]), str(row["filename"])) is None
+        ]
+
+    def _file(self, row: Mapping[str, Any], logins: Sequence[str]) -> Path:
         name, digest, url = str(row["filename"]), str(row["sha256"]), str(row["url"])
         found = self._cache.find(digest, name)
         if found is not None:
@@ -165,8 +175,9 @@ class Resolver:
             # apt's own way out: it knows the proxy and the credentials of this machine
             partial = self._cache.root / "partial" / f"{digest[:32]}-{name}"
             partial.parent.mkdir(parents=True, exist_ok=True)
-            argv = [HELPER, "-o", "APT::Sandbox::User=root", "download-file", url, str(partial), f"SHA256:{digest}"]
-            status, printed, errors = apt_root.run(argv)
+            with _logins_of_apt(logins) as options:
+                words = ["-o", "APT::Sandbox::User=root", *options, "download-file", url]
+                status, printed, errors = apt_root.run([HELPER, *words, str(partial), f"SHA256:{digest}"])
             if status != 0 or sha256_file(str(partial)) != digest:
                 with contextlib.suppress(OSError):
                     partial.unlink()
@@ -178,6 +189,19 @@ class Resolver:
                     f"{self._cache.incoming}/ by hand",
                 )
             return self._cache.take(partial, digest, name)
+
+
+def parcels(files: Sequence[Mapping[str, Any]], cache: fetch.Cache) -> list[transfer.Parcel]:
+    """Return packages as they travel to a device.
+
+    Args:
+        files: {filename, sha256} each, as the plan's package_files has them; what the cache lacks is left out.
+        cache: the controller's content cache.
+    """
+    found = [(row, cache.find(str(row["sha256"]), str(row["filename"]))) for row in files]
+    return [
+        transfer.Parcel(str(path), str(row["sha256"]), str(row["filename"])) for row, path in found if path is not None
+    ]
 
 
 def _digest(data: Any) -> str:
@@ -195,8 +219,14 @@ def _read_lock(path: Path) -> list[dict[str, Any]] | None:
     return packages if whole else None
 
 
-def _sources(description: Mapping[str, Any], repositories: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """Return the sources to use, and in words those of the device that the controller does not reach."""
+def _sources(description: Mapping[str, Any], repositories: Sequence[str]) -> tuple[list[Row], list[str], list[str]]:
+    """Return the sources to use, in words those of the device that the controller does not reach, and the logins.
+
+    A user and password in a source's URL are taken out of it.
+
+    Raises:
+        Problem: what a user set is no source; there is none.
+    """
     sources: list[Row] = []
     dropped: list[str] = []
     for text in repositories or [debs.DEVICE]:
@@ -218,9 +248,48 @@ def _sources(description: Mapping[str, Any], repositories: Sequence[str]) -> tup
         raise Problem(
             "no apt source for the controller" + (f"; the device has {', '.join(dropped)}" if dropped else ""),
             "http or https sources on the device, or sources of your own",
-            "set debian_packages_repositories, or debian_packages_source: folder",
+            "let the device's own apt install from what it reaches: debian_packages_source: device; or name sources "
+            "for the controller: debian_packages_repositories; or fill a folder: debian_packages_source: folder",
         )
-    return sources, dropped
+    # apt gets them by _logins_of_apt; where there is no apt, the cache fetches
+    logins = passwords.with_userinfo([uri for row in sources for uri in row["URIs"].split()])
+    fetch.use_logins(logins)
+    return passwords.without_userinfo(sources), dropped, logins
+
+
+@contextlib.contextmanager
+def _logins_of_apt(logins: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the options with which apt uses logins. They stand in a short-lived file that only its owner can read.
+
+    Args:
+        logins: URLs with user and password.
+
+    Raises:
+        Problem: apt's format for logins has no way to write one.
+    """
+    if not logins:
+        yield []
+        return
+    lines = []
+    for url in dict.fromkeys(logins):
+        parts = urllib.parse.urlsplit(url)
+        user, password = (urllib.parse.unquote(word or "") for word in (parts.username, parts.password))
+        if any(not word.isprintable() or " " in word for word in (user, password)):
+            raise Problem(
+                f"{url}: a user or password with a blank or a control character in it",
+                "words that apt's auth.conf can hold",
+                "give this repository another password; or use debian_packages_source: device",
+            )
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        lines.append(f"machine {place} login {user} password {password}\n")
+    try:
+        own = APT_LOGINS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # none, or not this user's
+        own = ""
+    with tempfile.NamedTemporaryFile("w", prefix="apt-auth-", errors="surrogateescape") as handle:
+        handle.write("".join(lines) + own)
+        handle.flush()
+        yield ["-o", f"Dir::Etc::netrc={handle.name}"]
 
 
 @contextlib.contextmanager
@@ -237,13 +306,19 @@ def _plain(folder: Path) -> Iterator[str]:
 
 
 def _work_out(
-    folder: Path, description: Mapping[str, Any], sources: list[Row], dropped: list[str], wishes: list[Wish]
+    folder: Path,
+    description: Mapping[str, Any],
+    sources: list[Row],
+    dropped: list[str],
+    wishes: list[Wish],
+    logins: list[str],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     names = [wish.text for wish in wishes]
     with _plain(folder) as path:
         root = apt_root.AptRoot(path, description["architecture"], description["foreign"])
         root.write(description, sources)
-        warnings = root.update()
+        with _logins_of_apt(logins) as options:
+            warnings = root.update(options)
         unknown = [wish.text for wish in wishes if _lookup(wish) not in root.known(wishes)]
         if unknown:
             hints = [*warnings, *dropped, *(f"{path} (not readable on the device)" for path in description["unread"])]

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -31,6 +32,11 @@ from typing import Any
 
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file, write_atomic
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import (
+    with_userinfo,
+    without_passwords,
+    without_userinfo,
+)
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import (
     Target,
     parse_wheel_name,
@@ -54,6 +60,21 @@ HASH_SETTINGS = {
 }
 _BLOCK_BYTES = 1 << 20
 _TRUST_SCHEMA = 1
+DEFAULT_CACHE = "~/.cache/jetson-mamba"
+# settings whose URLs may name a user and a password; they are used from here, and stand in no plan and no record
+LOGIN_SETTINGS = (
+    "wheelhouse_sources",
+    "torch_jetpack_wheel",
+    "torch_jetpack_torchvision",
+    "jetson_platform_rows",
+    "causal_conv1d_source",
+    "mamba_ssm_source",
+)
+# names get prefixes and endings here, and a file system takes 255 bytes
+_LONGEST_NAME = 180
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+# URLs with user and password that this process was told of; Ansible runs each task in a process of its own
+_logins: dict[str, None] = {}
 
 
 @dataclass(frozen=True)
@@ -111,17 +132,60 @@ def _ticker(progress: Report | None) -> Ticker:
     return progress if isinstance(progress, Ticker) else Ticker(progress)
 
 
-def default_cache() -> str:
-    """Return the cache folder that is used where jetson_platform_cache is not set."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(base, "jetson-mamba")
+def use_logins(value: Any) -> Any:
+    """Remember the users and passwords of the URLs in plain data, for downloads of this process.
+
+    Returns:
+        The data without them.
+    """
+    _logins.update(dict.fromkeys(with_userinfo(value)))
+    return without_userinfo(value)
+
+
+def use_logins_of(variables: Mapping[str, Any], template: Callable[[Any], Any]) -> None:
+    """Remember the users and passwords that a host's settings name; a plan holds its URLs without them.
+
+    Args:
+        variables: of the host.
+        template: works out what a variable means.
+    """
+    for name in LOGIN_SETTINGS:
+        if variables.get(name):
+            use_logins(template(variables[name]))
+
+
+def is_filename(name: Any) -> bool:
+    """Return whether a name from elsewhere can only be that of a file in one folder."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+        and name.isprintable()
+        and name[0] not in ".-"
+        and not {"/", "\\"} & set(name)
+    )
+
+
+def check_filename(name: Any, origin: str) -> None:
+    """Raise a Problem for a name that is none of a plain file.
+
+    Args:
+        name: of the file.
+        origin: where the name comes from.
+    """
+    if not is_filename(name):
+        shown = repr(name) if len(repr(name)) < 2 * _LONGEST_NAME else repr(name)[:_LONGEST_NAME] + "…"
+        raise Problem(
+            f"{origin} names a file {shown}",
+            f"a plain file name of at most {_LONGEST_NAME} bytes, without / or \\, that begins with neither . nor -",
+            "do not use it; look at who publishes such a name, or give the file a plain one",
+        )
 
 
 class Cache:
     """The content cache in one folder."""
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root or default_cache()).expanduser().absolute()
+        self.root = Path(root or DEFAULT_CACHE).expanduser().absolute()
 
     @classmethod
     def of(cls, cache: Cache | str | Path) -> Cache:
@@ -161,7 +225,12 @@ class Cache:
         return False
 
     def take(self, source: Path, sha256: str, filename: str, move: bool = True) -> Path:
-        """Put a file, whose checksum was just computed, into the cache under that checksum."""
+        """Put a file, whose checksum was just computed, into the cache under that checksum.
+
+        Raises:
+            Problem: the name leads out of the cache, or is no file's.
+        """
+        check_filename(filename, str(source))
         target = self.root / "files" / sha256 / filename
         target.parent.mkdir(parents=True, exist_ok=True)
         if not move:
@@ -202,7 +271,8 @@ class Cache:
         path = self.root / "trust.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return {str(url): dict(entry) for url, entry in data["files"].items()}
+            # earlier runs recorded URLs as they stood in the settings
+            return {without_userinfo(str(url)): dict(entry) for url, entry in data["files"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -216,7 +286,7 @@ class Cache:
         """Record that this checksum was accepted for a URL."""
         with self.locked("trust", lambda _message: None, "trust.json"):
             files = self.read_trust()
-            files[url] = {
+            files[without_userinfo(url)] = {
                 "sha256": sha256,
                 "size": size,
                 "accepted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -238,14 +308,14 @@ def _copy(source: Path, target: Path) -> None:
 
 def filename_of(url: str) -> str:
     """Return the file name at the end of a URL, unquoted (torch-2.5.0a0%2B… -> torch-2.5.0a0+…)."""
-    return urllib.parse.unquote(os.path.basename(urllib.parse.urlsplit(url).path))
+    return os.path.basename(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
 
 
 def known_sha256(url: str, sha256: str | None, cache: Cache | str | Path) -> str | None:
     """Return the checksum that a URL must have: the given one, else the one accepted on first use, else None."""
     if sha256:
         return sha256.lower()
-    entry = Cache.of(cache).read_trust().get(url)
+    entry = Cache.of(cache).read_trust().get(without_userinfo(url))
     return str(entry["sha256"]) if entry else None
 
 
@@ -272,7 +342,7 @@ def ensure_url(
     """Return the file of a URL in the cache, fetched and verified where it is not there.
 
     Args:
-        url: http, https or file.
+        url: http, https or file; a user and password in it are used, and neither shown nor recorded.
         sha256: what the file must have; None where no publisher says it.
         cache: the content cache, or its folder.
         progress: called with a line of text, at most every 15 seconds.
@@ -286,7 +356,11 @@ def ensure_url(
         Problem: no checksum known; another checksum found; not reachable.
     """
     cache, tick = Cache.of(cache), _ticker(progress)
+    url = use_logins(url)
     filename = filename_of(url)
+    check_filename(filename, url)
+    if sha256 and not _DIGEST.fullmatch(sha256):
+        raise Problem(f"the sha256 of {url} is {sha256!r}", "64 hex digits", f"correct {hash_setting}")
     digest = known_sha256(url, sha256, cache)
     if not digest and not trust_on_first_use:
         raise unknown_checksum(url, hash_setting, trust_setting)
@@ -403,7 +477,7 @@ def _artefact(path: Path, wheel: Mapping[str, Any]) -> Wheel:
         str(path),
         path.parent.name,
         path.stat().st_size,
-        str(wheel.get("url") or ""),
+        without_userinfo(str(wheel.get("url") or "")),
     )
 
 
@@ -449,14 +523,26 @@ def _default_index() -> str:
     return done.stdout.strip()
 
 
-def _session() -> PyPIClient:
+def _session(index_urls: Iterable[str] = ()) -> PyPIClient:
+    """Return a client with pip's settings, that logs in as known URLs, pip's settings or ~/.netrc say."""
     settings = pip_settings()
+    pip_urls = [*settings.get("index-url", "").split(), *settings.get("extra-index-url", "").split()]
     options: dict[str, Any] = {"timeout": 60.0, "follow_redirects": True}
     if settings.get("cert"):
         options["verify"] = ssl.create_default_context(cafile=settings["cert"])
     if settings.get("proxy"):
         options["proxy"] = settings["proxy"]
-    return PyPIClient(trusted_hosts=settings.get("trusted-host", "").split(), **options)
+    client = PyPIClient(trusted_hosts=settings.get("trusted-host", "").split(), **options)
+    client.auth = MultiDomainBasicAuth(prompting=False, index_urls=[*_logins, *with_userinfo(pip_urls), *index_urls])
+    client.event_hooks["response"].append(_stay_remote)
+    return client
+
+
+def _stay_remote(response: Any) -> None:
+    """Refuse a server's redirection to a file of this machine."""
+    where = str(response.headers.get("location", ""))
+    if response.has_redirect_location and urllib.parse.urlsplit(where).scheme not in ("", "http", "https"):
+        raise URLError(f"it leads to {where}")
 
 
 def _index_urls() -> list[str]:
@@ -471,8 +557,7 @@ def _finder(target: Target | None, cache: Cache | None) -> PackageFinder:
     find_links = pip_settings().get("find-links", "").split()
     if cache is not None and cache.incoming.is_dir():
         find_links.append(str(cache.incoming))
-    session = _session()
-    session.auth = MultiDomainBasicAuth(prompting=False, index_urls=index_urls)
+    session = _session(index_urls)
     options: dict[str, Any] = {"session": session, "ignore_compatibility": True}
     if target is not None:
         major, minor = (int(part) for part in target.python.split("."))
@@ -515,7 +600,7 @@ def find_wheel_link(name: str, version: str, target: Target, cache: Cache | None
         session = _session()
         link = wheels[0]
         digest, size = _published_sha256(link), None
-        with session.get_stream(link.url_without_fragment) as response:
+        with session.get_stream(use_logins(link.url_without_fragment)) as response:
             response.raise_for_status()
             size = int(response.headers.get("Content-Length") or 0) or None
             if digest is None or size is None:
@@ -526,7 +611,7 @@ def find_wheel_link(name: str, version: str, target: Target, cache: Cache | None
                 digest = hasher.hexdigest()
     except _network_errors() as error:
         raise _index_problem(wanted, _describe(error), f"a wheel for {target.describe()}", None, cache) from error
-    return IndexFile(link.filename, link.url_without_fragment, digest, size)
+    return IndexFile(link.filename, use_logins(link.url_without_fragment), digest, size)
 
 
 def ensure_index_file(
@@ -538,6 +623,7 @@ def ensure_index_file(
         Problem: no index has it; another checksum; not reachable.
     """
     cache = Cache.of(cache)
+    check_filename(filename, project)
     found = cache.find(sha256, filename)
     if found is not None:
         return found
@@ -563,7 +649,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return without_passwords(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
 def _download(url: str, digest: str | None, filename: str, cache: Cache, tick: Report) -> Path:

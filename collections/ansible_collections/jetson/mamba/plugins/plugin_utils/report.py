@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-SCHEMA = 1
 Data = dict[str, Any]
 
 _ANSI = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[@-_])|\x9b[0-?]*[ -/]*[@-~]"
 )
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -60,15 +54,6 @@ def plain(value: Any) -> Any:
     return "".join(str(value))
 
 
-def without_passwords(value: Any) -> Any:
-    """Return a copy of plain data in which no URL has a user or password any more."""
-    if isinstance(value, dict):
-        return {key: without_passwords(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_passwords(item) for item in value]
-    return _CREDENTIALS.sub("***@", value) if isinstance(value, str) else value
-
-
 def clean(text: Any) -> str:
     """Return text that a device supplied without anything that could steer a terminal, on one line."""
     words = " ".join(_ANSI.sub("", str(text)).split())
@@ -101,9 +86,8 @@ def _build_rows(choice: Data) -> list[list[str]]:
     rows = []
     for item in choice.get("builds") or []:
         hosts = [clean(host) for host in item.get("hosts") or []]
-        others = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
         why = "".join(f"; {clean(reason)}" for reason in item.get("reasons") or [])
-        text = f"build: {clean(item.get('component'))} {clean(item.get('version'))} for {', '.join(hosts[:3])}{others}"
+        text = f"build: {clean(item.get('component'))} {clean(item.get('version'))} for {_some(hosts)}"
         rows.append(["wheelhouse", _number(item.get("minutes")), _number(item.get("disk_mb")), text + why])
     return rows
 
@@ -152,8 +136,23 @@ def plan_table(plans: Mapping[str, Data], choices: Mapping[str, Data] | None = N
     if len(rows) > 1:
         lines += columns(rows)
     if idle:
-        lines.append(f"  no work: {', '.join(idle)}")
-    return lines + blocked
+        lines.append(f"  no work: {_some(idle, 8)}")
+    return lines + _class_lines(plans) + blocked
+
+
+def _class_lines(plans: Mapping[str, Data]) -> list[str]:
+    """Return a line for each platform class: its id, as playbooks/wheelhouse.yml takes it, and whose it is."""
+    hosts: dict[str, list[str]] = {}
+    for host, plan in plans.items():
+        if plan.get("class_id"):
+            hosts.setdefault(clean(plan["class_id"]), []).append(clean(host))
+    return [f"  class {name}: {_some(whose)}" for name, whose in sorted(hosts.items())]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of some names, and how many more there are."""
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others
 
 
 # --- verification ------------------------------------------------------------------------------------------------
@@ -238,6 +237,7 @@ class Outcome(NamedTuple):
         unreachable_at: the task at which the host could not be reached, or None.
         failed_after: whether the failure came after the report.
         check_mode: whether verification was left out by check mode.
+        builder: whether the host only builds for others, so that nobody tests it.
     """
 
     report: Data | None = None
@@ -245,13 +245,14 @@ class Outcome(NamedTuple):
     unreachable_at: str | None = None
     failed_after: bool = False
     check_mode: bool = False
+    builder: bool = False
 
 
 def host_state(outcome: Outcome) -> tuple[str, str]:
     """Return a host's state in one word, and a sentence about it.
 
-    States: passed, failed, busy, incomplete, not verified. Only a report can say passed, and nothing after it may
-    have gone wrong.
+    States: passed, failed, busy, incomplete, not verified, builder. Only a report can say passed, and nothing
+    after it may have gone wrong.
     """
     report = outcome.report
     if report is None:
@@ -259,6 +260,8 @@ def host_state(outcome: Outcome) -> tuple[str, str]:
             return "not verified", f"could not be reached at task {clean(outcome.unreachable_at)!r}"
         if outcome.failed_at is not None:
             return "not verified", f"failed before verification at task {clean(outcome.failed_at)!r}"
+        if outcome.builder:
+            return "builder", "builds for other hosts, is not tested"
         return "not verified", "check mode runs no tests" if outcome.check_mode else "no verification was run"
     components = [row for row in report.get("components") or [] if isinstance(row, dict)]
     counts = [
@@ -302,57 +305,3 @@ def file_stem(host: str) -> str:
     """Return a file name for a host, whatever its inventory name holds."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", host).lstrip(".")[:150]
     return stem if stem and stem != "fleet" else f"host_{stem}"
-
-
-def write_reports(folder: Path, outcomes: Mapping[str, Outcome], plans: Mapping[str, Data], made_at: str) -> list[Path]:
-    """Write <host>.json for each host and fleet.json; returns the paths.
-
-    Args:
-        folder: created if need be.
-        outcomes: host -> outcome.
-        plans: host -> plan.
-        made_at: UTC time, ISO 8601.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    fleet: Data = {"schema": SCHEMA, "made_at": made_at, "hosts": {}}
-    paths: list[Path] = []
-    taken: set[str] = set()
-    for host, outcome in outcomes.items():
-        state, text = host_state(outcome)
-        stem = file_stem(host)
-        while stem in taken:
-            stem += "_"
-        taken.add(stem)
-        data = {
-            "schema": SCHEMA,
-            "made_at": made_at,
-            "host": host,
-            "state": state,
-            "summary": text,
-            "failed_at": outcome.failed_at,
-            "unreachable_at": outcome.unreachable_at,
-            "plan": without_passwords(plans.get(host)),
-            "verification": outcome.report,
-        }
-        fleet["hosts"][host] = {"state": state, "summary": text, "file": f"{stem}.json"}
-        paths.append(_write_json(folder / f"{stem}.json", data))
-    paths.append(_write_json(folder / "fleet.json", fleet))
-    return paths
-
-
-def _write_json(path: Path, data: Data) -> Path:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            # ASCII only: a file that somebody prints must not steer the terminal either
-            json.dump(data, stream, indent=2, ensure_ascii=True)
-            stream.write("\n")
-            os.fchmod(stream.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path

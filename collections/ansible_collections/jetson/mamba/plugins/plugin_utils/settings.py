@@ -36,6 +36,24 @@ FOLDER = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._+@-]+)+")
 WHEEL_KEYS = ("version", "url", "path", "sha256")
 
 
+def project_of(variables: Mapping[str, Any]) -> Path:
+    """Return the folder of site.yml, roles/ and playbooks/: relative paths of settings count from there.
+
+    Args:
+        variables: of a task; in one of our roles they say it, else the playbook's folder does.
+    """
+    role, playbook = variables.get("role_path"), variables.get("playbook_dir")
+    if role:
+        return Path(str(role)).parent.parent
+    folder = Path(str(playbook)) if playbook else Path.cwd()
+    return folder.parent if folder.name == "playbooks" else folder
+
+
+def in_project(setting: str | None, variables: Mapping[str, Any]) -> str | None:
+    """Return a setting's path with what it is relative to, or what stands for no path."""
+    return str(project_of(variables) / Path(str(setting)).expanduser()) if setting else setting
+
+
 def problem(found: str, expected: str, next_step: str, outcome: str = "jetson_platform") -> dict[str, str]:
     """Return one reason that forbids a run, as plain data."""
     return {"outcome": outcome, "found": found, "expected": expected, "next": next_step}

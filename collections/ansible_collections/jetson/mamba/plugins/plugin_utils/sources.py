@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from ansible_collections.jetson.mamba.plugins.module_utils import patches
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_userinfo
 from ansible_collections.jetson.mamba.plugins.plugin_utils import components, fetch, patch_series
 from packaging.version import InvalidVersion, Version
 
@@ -199,7 +200,8 @@ def _archive(
             f"the sha256 of {where} is '{sha256}'", "64 lower-case hex digits", "copy it from sha256sum's output"
         )
     if "url" in source:
-        return fetch.ensure_url(source["url"], sha256, cache, progress), f"{where} (sha256 {sha256[:12]})"
+        shown = without_userinfo(where)
+        return fetch.ensure_url(source["url"], sha256, cache, progress), f"{shown} (sha256 {sha256[:12]})"
     path = Path(where).expanduser()
     if not path.is_file():
         raise Problem(f"there is no file {path}", "the archive that the source names", f"correct {component}_source")
@@ -394,10 +396,9 @@ def _git_tree(url: str, commit: str, tree: Path, cache: Path) -> str:
             "a full commit id of 40 lower-case hex digits (a branch, a tag or a short id can change its meaning)",
             f"look it up: git ls-remote {url}",
         )
-    name = hashlib.sha256(url.encode()).hexdigest()[:16]
-    bare = cache / "git" / f"{name}.git"
+    bare = cache / "git" / bare_name(url)
     bare.parent.mkdir(parents=True, exist_ok=True)
-    with (cache / "git" / f"{name}.lock").open("w") as lock:
+    with bare.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (bare / "HEAD").is_file():
             _git("init", "--quiet", "--bare", str(bare))
@@ -415,7 +416,12 @@ def _git_tree(url: str, commit: str, tree: Path, cache: Path) -> str:
     _git("-C", str(bare), "archive", "--format=tar", "--prefix=tree/", f"--output={packed}", commit)
     unpack(packed, tree)
     packed.unlink()
-    return f"{url} at {commit}"
+    return f"{without_userinfo(url)} at {commit}"
+
+
+def bare_name(url: str) -> str:
+    """Return the folder name of a repository's copy in the cache; a password in the URL is no part of it."""
+    return hashlib.sha256(without_userinfo(url).encode()).hexdigest()[:16] + ".git"
 
 
 def _has_commit(bare: Path, commit: str) -> bool:

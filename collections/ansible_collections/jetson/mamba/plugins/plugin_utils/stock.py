@@ -1,4 +1,4 @@
-"""What a set of wheels is on the controller: verified files, fetched where the cache lacks them."""
+"""What a host is sent, as verified files on the controller, fetched where the cache lacks them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ansible_collections.jetson.mamba.plugins.module_utils import wheels
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import Target
-from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch, locks, supply
+from ansible_collections.jetson.mamba.plugins.plugin_utils import deb_resolver, fetch, locks, supply
 from ansible_collections.jetson.mamba.plugins.plugin_utils.transfer import Parcel
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import Wheelhouse
 
@@ -56,7 +56,7 @@ def extra_file(
 
 
 def needed(plan: Mapping[str, Any], progress: fetch.Report | None = None) -> list[Parcel]:
-    """Return the wheels that a host's plan will have sent to it, as far as they are known before it is asked.
+    """Return the wheels and Debian packages that a host's plan will have sent to it, as far as they are known by now.
 
     Args:
         plan: the host's plan.
@@ -74,12 +74,11 @@ def needed(plan: Mapping[str, Any], progress: fetch.Report | None = None) -> lis
         entries = locks.read_lock(artefacts["lock"], target) if artefacts["lock"] else []
         files = locked_files(entries, target, cache, progress)
         trust = bool(artefacts.get("trust_on_first_use"))
-        files += [
-            extra_file(wheel, target, cache, trust, progress)
-            for wheel in artefacts["extra"]
-            if not wheel.get("remote_path")
-        ]
+        files += [extra_file(wheel, target, cache, trust, progress) for wheel in artefacts["extra"]]
         found += [Parcel(file.path, file.sha256, file.filename) for file in files]
+    # what the controller has fetched for this host; no other source of packages sends the same files to two hosts
+    if outcomes and plan.get("package_files"):
+        found += deb_resolver.parcels(plan["package_files"], fetch.Cache(plan["artefacts"]["cache"]))
     for name, component in (plan.get("components") or {}).items():
         if name not in outcomes:
             continue

@@ -139,9 +139,8 @@ class Courier:
         self._action = action
         self._vars = task_vars or {}
         self._tmp = tmp.rstrip("/") or "/"
-        if options is None:
-            options = (self._vars.get(_PLAN_FACT) or {}).get("transfer") or {}
-        self._rate_kbit = max(0, int(options.get("rate_limit_kbit") or 0))
+        options = _options(self._vars, options)
+        self._rate_kbit = _rate(options)
         self._relay = str(options.get("relay") or "")
         self._say = say
         self._warn = warn or say
@@ -242,14 +241,14 @@ class Courier:
             self._say(f"{progress()}, which arrived before; going on from there")
         elif piece.size > ANNOUNCED_BYTES:
             self._say(progress())
-        with StillWorking(self._say, progress), self._limited():
+        with StillWorking(self._say, progress), _limited(self._action._connection, self._rate_kbit):
             for index in indexes:
                 size = receive.part_size(index, piece.size, PART_BYTES)
                 source = piece.path if total == 1 else _cut(piece.path, index, local)
                 name = receive.part_name(index, PART_BYTES)
                 started = time.monotonic()
                 self._action._transfer_file(source, f"{self._incoming}/{piece.sha256}/{name}")
-                self._pace(size, time.monotonic() - started)
+                _pace(size, time.monotonic() - started, self._rate_kbit)
                 here += size
 
     def _settle(self, pieces: list[_Piece], local: str) -> str:
@@ -274,29 +273,6 @@ class Courier:
                         "look at the device's storage (dmesg, df -h) and memory, and whether another run sends to it",
                     )
             self._send(pieces, answer["missing"], local)
-
-    @contextlib.contextmanager
-    def _limited(self) -> Iterator[None]:
-        """Have ssh's own programs keep to the rate, where files travel by them."""
-        connection = self._action._connection
-        if not self._rate_kbit or getattr(connection, "transport", "") != "ssh":
-            yield
-            return
-        before = {name: connection.get_option(name) for name in _LIMITED_OPTIONS}
-        try:
-            for name, value in before.items():
-                connection.set_option(name, f"{value or ''} -l {self._rate_kbit}".strip())
-            yield
-        finally:
-            for name, value in before.items():
-                connection.set_option(name, value)
-
-    def _pace(self, size: int, seconds: float) -> None:
-        """Wait until so many bytes may have been sent, for connections that know no limit of their own."""
-        if self._rate_kbit:
-            due = size * 8 / (self._rate_kbit * 1024)
-            if due > seconds:
-                time.sleep(due - seconds)
 
     # ------------------------------------------------------------ from a relay
 
@@ -360,6 +336,70 @@ class Courier:
             return
         if left:
             self._warn(f"{self._host}: {left} could not be removed whole; its files belong to another user")
+
+
+class Line:
+    """Single files to and from a device, as slowly as the host's plan asks; for what is checked by whoever sends it.
+
+    Args:
+        action: the action plugin (an ansible ActionBase).
+        task_vars: the task's variables.
+        options: as for Courier.
+    """
+
+    def __init__(
+        self, action: Any, task_vars: Mapping[str, Any] | None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self._action = action
+        self._rate_kbit = _rate(_options(task_vars or {}, options))
+
+    def send(self, local: str, remote: str) -> None:
+        """Copy a file to the device."""
+        started = time.monotonic()
+        with _limited(self._action._connection, self._rate_kbit):
+            self._action._transfer_file(local, remote)
+        _pace(os.path.getsize(local), time.monotonic() - started, self._rate_kbit)
+
+    def receive(self, remote: str, local: str) -> None:
+        """Copy a file from the device."""
+        started = time.monotonic()
+        with _limited(self._action._connection, self._rate_kbit):
+            self._action._connection.fetch_file(remote, local)
+        if os.path.exists(local):
+            _pace(os.path.getsize(local), time.monotonic() - started, self._rate_kbit)
+
+
+def _options(variables: Mapping[str, Any], options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the plan's transfer, as it is given or as the host's plan says."""
+    return options if options is not None else (variables.get(_PLAN_FACT) or {}).get("transfer") or {}
+
+
+def _rate(options: Mapping[str, Any]) -> int:
+    return max(0, int(options.get("rate_limit_kbit") or 0))
+
+
+@contextlib.contextmanager
+def _limited(connection: Any, rate_kbit: int) -> Iterator[None]:
+    """Have ssh's own programs keep to a rate, where files travel by them."""
+    if not rate_kbit or getattr(connection, "transport", "") != "ssh":
+        yield
+        return
+    before = {name: connection.get_option(name) for name in _LIMITED_OPTIONS}
+    try:
+        for name, value in before.items():
+            connection.set_option(name, f"{value or ''} -l {rate_kbit}".strip())
+        yield
+    finally:
+        for name, value in before.items():
+            connection.set_option(name, value)
+
+
+def _pace(size: int, seconds: float, rate_kbit: int) -> None:
+    """Wait until so many bytes may have travelled, for connections that know no limit of their own."""
+    if rate_kbit:
+        due = size * 8 / (rate_kbit * 1024)
+        if due > seconds:
+            time.sleep(due - seconds)
 
 
 @contextlib.contextmanager

@@ -69,11 +69,16 @@ def read_elf(path: str) -> dict[str, Any]:
     }
     if blank["machine"] is None:
         return blank
+    # what misleads is refused here, and glibc found as the dynamic linker does, which needs no sections: a device
+    # would refuse what is hidden from them
+    glibc = elf.read_facts(path)["glibc"]
     with open(path, "rb") as handle:
         try:
-            return {**blank, **_read(handle)}
+            found = {**blank, **_read(handle)}
         except _DAMAGE as error:
             raise ValueError(str(error) or type(error).__name__) from error
+    both = [one for one in (glibc, found["glibc"]) if one]
+    return {**found, "glibc": max(both, key=elf.version_numbers, default=None)}
 
 
 def read_dynamic(path: str) -> dict[str, list[str]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_passwords
 from ansible_collections.jetson.mamba.plugins.module_utils.versions import (
     Target,
     WheelName,
@@ -27,7 +28,6 @@ from ansible_collections.jetson.mamba.plugins.module_utils.versions import (
 from ansible_collections.jetson.mamba.plugins.plugin_utils import fetch
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import parse_class_id, satisfies
 from unearth import Link
-from unearth.auth import MultiDomainBasicAuth
 from unearth.collector import (
     LinkCollectError,
     fetch_page,
@@ -42,7 +42,6 @@ KINDS = ("folder", "index", "find_links")
 HASH_SETTING = "wheelhouse_sha256"
 TRUST_SETTING = "wheelhouse_trust_on_first_use"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 # as the projects name the wheels that they publish: 1.6.0+cu12torch2.5cxx11abiTRUE
 _LOCAL = re.compile(
     r"cu(?P<cuda>\d+)(?:[._-]?torch(?P<torch>\d+\.\d+))(?:[._-]?cxx11abi(?P<abi>true|false))?", re.IGNORECASE
@@ -88,15 +87,10 @@ class _Unreachable(Exception):
     """A source does not answer, in words."""
 
 
-def _redact(text: str) -> str:
-    """Return a text without the user and password of its URLs."""
-    return _CREDENTIALS.sub("***@", text)
-
-
 def describe(source: Mapping[str, Any]) -> str:
     """Return a source in words, without its credentials."""
     kind, where = next(iter(source.items()))
-    return f"{str(kind).replace('_', '-')} {_redact(str(where))}"
+    return f"{str(kind).replace('_', '-')} {without_passwords(str(where))}"
 
 
 def check_sources(sources: Any, pins: Any = None) -> None:
@@ -120,7 +114,16 @@ def check_sources(sources: Any, pins: Any = None) -> None:
             raise Problem(f"{where} is a '{kind}'{hint}", expected, f"correct the key in {where}")
         if not isinstance(value, str) or not value.strip():
             raise Problem(f"{where}.{kind} is {value!r}", "a path or a URL", f"correct {where}.{kind}")
-        scheme = urllib.parse.urlsplit(value).scheme
+        try:
+            scheme = urllib.parse.urlsplit(value).scheme
+            if "://" in value:
+                _port = urllib.parse.urlsplit(value).port
+        except ValueError as error:  # the value is not shown: what is malformed may be its password
+            raise Problem(
+                f"{where}.{kind} is no URL: its host or port cannot be read",
+                "a URL such as https://host/simple; in a password / is written %2F, @ %40, # %23, ? %3F and : %3A",
+                f"correct {where}.{kind}",
+            ) from error
         if (kind == "index" and scheme not in ("http", "https", "file")) or (
             kind == "find_links" and "://" in value and scheme not in ("http", "https", "file")
         ):
@@ -185,13 +188,18 @@ def find(
     for source in sources:
         origin = describe(source)
         try:
-            for candidate in wanted.choose(_listing(source, project), origin, reasons):
+            refused: list[str] = []
+            listing = _listing(fetch.use_logins(source), project, refused)
+            for reason in refused:
+                reasons.append(f"{origin}: {reason}")
+                say(f"{component} {version}: not from {reasons[-1]}")
+            for candidate in wanted.choose(listing, origin, reasons):
                 offer = _have(candidate, origin, pins, trust, cache, say)
                 try:
                     if accept is not None:
                         accept(offer)
                 except Problem as problem:
-                    reasons.append(f"{origin}: {_redact(problem.found)}")
+                    reasons.append(f"{origin}: {problem.found}")
                     say(f"{component} {version}: not from {reasons[-1]}")
                     continue
                 return Search(offer, reasons)
@@ -253,24 +261,23 @@ class _Wanted:
         return (local, place, "" if candidate.name.build else "z", candidate.filename)
 
 
-def _listing(source: Mapping[str, Any], project: str) -> list[_Candidate]:
-    """Return the wheels that a source lists.
+def _listing(source: Mapping[str, Any], project: str, refused: list[str]) -> list[_Candidate]:
+    """Return the wheels that a source lists; what it lists and no source may is added to refused.
 
     Raises:
         _Unreachable: it cannot be asked.
     """
     kind, where = next(iter(source.items()))
     if kind == "index":
-        page = f"{where.rstrip('/')}/{canonical_name(project)}/"
-        return list(_links(page, where))
+        return _links(f"{where.rstrip('/')}/{canonical_name(project)}/", refused)
     path = _local_path(where)
     if path is None:
         if urllib.parse.urlsplit(where).path.endswith(".whl"):
-            return list(_candidates([Link(where)]))
-        return list(_links(where, where))
+            return _candidates([Link(where)], True, refused)
+        return _links(where, refused)
     try:
         if path.is_file() and path.suffix != ".whl":
-            return list(_links(path.as_uri(), where))
+            return _links(path.as_uri(), refused)
         files = [path] if path.is_file() else sorted(path.iterdir())
     except OSError as error:
         raise _Unreachable(f"{error.strerror} ({path})") from error
@@ -297,56 +304,65 @@ def _wheel_name(filename: str) -> WheelName | None:
         return None
 
 
-def _links(page: str, index: str) -> Iterator[_Candidate]:
-    """Yield the wheels that a page links to (PEP 503 and 691).
+def _links(page: str, refused: list[str]) -> list[_Candidate]:
+    """Return the wheels that a page links to (PEP 503 and 691).
 
     Raises:
         _Unreachable: it does not answer, or answers with something else.
     """
+    client: Any = fetch._session()
     try:
-        with _session(index) as session:
+        with client as session:
             if not is_secure_origin(session, Link(page)):
                 raise _Unreachable(
                     "plain http is not trusted; use https, or: pip config set global.trusted-host "
                     f"{urllib.parse.urlsplit(page).hostname}"
                 )
             answer = fetch_page(session, Link(page))
-        if "json" in answer.content_type.lower():
-            links = list(parse_json_response(answer))
-        else:
-            links = list(parse_html_page(answer))
+        reader = parse_json_response if "json" in answer.content_type.lower() else parse_html_page
+        remote = urllib.parse.urlsplit(page).scheme != "file"
+        return _candidates(list(reader(answer)), remote, refused)
     except LinkCollectError as error:
         if "(404)" in str(error):
-            return  # the index answers: it has nothing of this project
-        raise _Unreachable(_redact(str(error))) from error
+            return []  # the index answers: it has nothing of this project
+        raise _Unreachable(without_passwords(str(error))) from error
     except fetch._network_errors() as error:
-        raise _Unreachable(_redact(fetch._describe(error))) from error
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise _Unreachable(f"its page cannot be read: {_redact(str(error))}") from error
-    yield from _candidates([_with_credentials(link, index) for link in links])
+        raise _Unreachable(fetch._describe(error)) from error
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise _Unreachable(f"its page cannot be read: {without_passwords(str(error))}") from error
 
 
-def _with_credentials(link: Link, index: str) -> Link:
-    """Return a link with the user and password of its index, where it leads to the same host without any."""
-    own, user = urllib.parse.urlsplit(link.url), urllib.parse.urlsplit(index).netloc.rpartition("@")[0]
-    if not user or "@" in own.netloc or own.netloc != urllib.parse.urlsplit(index).netloc.rpartition("@")[2]:
-        return link
-    return replace(link, url=own._replace(netloc=f"{user}@{own.netloc}").geturl())
+def _candidates(links: Sequence[Link], remote: bool, refused: list[str]) -> list[_Candidate]:
+    """Return the wheels among links; those that lead where no source may lead are added to refused.
 
-
-def _session(index: str) -> Any:
-    session = fetch._session()
-    session.auth = MultiDomainBasicAuth(prompting=False, index_urls=[index])
-    return session
-
-
-def _candidates(links: Sequence[Link]) -> Iterator[_Candidate]:
+    Args:
+        links: what a page, or a setting, names.
+        remote: whether another machine wrote them.
+        refused: takes one line for each.
+    """
+    found = []
     for link in links:
-        name = _wheel_name(link.filename)
-        if name is None or link.is_yanked:
+        if not link.filename.endswith(".whl") or link.is_yanked:
             continue
-        path = link.file_path if link.is_file else None
-        yield _Candidate(name, link.filename, path, link.url_without_fragment, fetch._published_sha256(link))
+        name, digest = _wheel_name(link.filename), fetch._published_sha256(link)
+        scheme = urllib.parse.urlsplit(link.url).scheme
+        if scheme not in ("http", "https") and (remote or scheme != "file"):
+            refused.append(f"{_shown(link.filename)} is offered as a {scheme or 'local'}: URL, which no index may do")
+        elif not fetch.is_filename(fetch.filename_of(link.url)) or fetch.filename_of(link.url) != link.filename:
+            refused.append(f"{_shown(link.filename)} is no plain file name")
+        elif digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            refused.append(f"{_shown(link.filename)}: its sha256 is given as {_shown(digest)}, which is none")
+        elif name is not None:
+            path = link.file_path if link.is_file else None
+            url = fetch.use_logins(link.url_without_fragment)
+            found.append(_Candidate(name, link.filename, path, url, digest))
+    return found
+
+
+def _shown(value: Any) -> str:
+    """Return what another machine has sent, quoted and cut."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:120] + "…"
 
 
 def _have(
@@ -385,7 +401,7 @@ def _have(
         return Offer(candidate.path, filename, found, origin)
     setting = f"{HASH_SETTING} ({filename}: …)"
     if not trust and fetch.known_sha256(candidate.url, known, cache) is None:
-        raise fetch.unknown_checksum(_redact(candidate.url), setting, TRUST_SETTING)
+        raise fetch.unknown_checksum(candidate.url, setting, TRUST_SETTING)
     say(f"fetching {filename} from {origin}")
     try:
         path = fetch.ensure_url(
@@ -398,8 +414,7 @@ def _have(
             trust_setting=TRUST_SETTING,
         )
     except Problem as problem:
-        clean = Problem(_redact(problem.found), _redact(problem.expected), _redact(problem.next_step))
         if problem.found.startswith("sha256 "):  # it was reached, and has another file
-            raise clean from problem
-        raise _Unreachable(clean.found) from problem
+            raise
+        raise _Unreachable(problem.found) from problem
     return Offer(path, filename, path.parent.name, origin)

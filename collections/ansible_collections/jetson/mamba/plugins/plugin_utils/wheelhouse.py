@@ -246,6 +246,37 @@ def _remember(path: Path, sha256: str) -> None:
         write_atomic(str(_note(path)), _stamp(path, sha256).encode(), 0o644)
 
 
+def _forget(path: Path, sha256: str) -> None:
+    """Take back what _remember() wrote of a file that rotted, with its size and time as they were."""
+    if _is_remembered(path, sha256):
+        with contextlib.suppress(OSError):
+            _note(path).unlink()
+
+
+def _wrong_value(row: Mapping[str, Any]) -> str | None:
+    """Return the first field of a row, as "name (value)", whose value cannot be right, or None."""
+    texts = ("component", "version", "key", "class_id", "filename", "sha256", "origin", "sm")
+    lists = ("flags", "needed")
+    fitting = {
+        **{name: isinstance(row.get(name), str) for name in texts},
+        **{
+            name: isinstance(row.get(name, []), list) and all(isinstance(one, str) for one in row.get(name, []))
+            for name in lists
+        },
+        "source_sha256": isinstance(row.get("source_sha256"), (str, type(None))),
+        "size": type(row.get("size")) in (int, type(None)),
+    }
+    wrong = next((name for name, fits in fitting.items() if not fits), None)
+    if wrong is None:
+        shapes = {
+            "filename": _safe_name(row["filename"]),
+            "component": _safe_name(row["component"]),
+            "sha256": bool(_DIGEST.fullmatch(row["sha256"])),
+        }
+        wrong = next((name for name, fits in shapes.items() if not fits), None)
+    return None if wrong is None else f"{wrong} ({row.get(wrong)!r:.80})"
+
+
 def _is_remembered(path: Path, sha256: str) -> bool:
     try:
         return _note(path).read_text(encoding="utf-8") == _stamp(path, sha256)
@@ -360,7 +391,8 @@ class Wheelhouse:
                 raise ValueError(f"it has schema {data['schema']}, this release knows {SCHEMA}")
             if data["class_id"] != class_id:
                 raise ValueError(f"it is of class {data['class_id']}")
-            return {str(key): dict(row) for key, row in data["wheels"].items()}
+            # a row that is none is a fault of that wheel alone, see _fault
+            return {str(key): dict(row) if isinstance(row, dict) else {} for key, row in data["wheels"].items()}
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -390,10 +422,15 @@ class Wheelhouse:
 
     # ------------------------------------------------------------ asking
 
-    def look(self, class_id: str, key: str) -> Look:
+    def look(self, class_id: str, key: str, rehash: bool = False) -> Look:
         """Return what there is for a key, verified. Changes nothing but the memory of the verification.
 
         The wheel is hashed once; afterwards its size and modification time are compared, until one of them changes.
+
+        Args:
+            class_id: of the platform.
+            key: of the wheel.
+            rehash: read the wheel whole again: a disk that fails changes neither its size nor its time.
 
         Raises:
             Problem: class_id is none.
@@ -406,8 +443,13 @@ class Wheelhouse:
             return Look(None, None, f"{problem.found}; {problem.next_step}")
         if row is None:
             return Look(None, None, None)
-        fault = self._fault(class_id, key, row, rehash=False)
-        return Look(row, None if fault else self.path_of(row), fault)
+        fault = self._fault(class_id, key, row, rehash)
+        if fault:
+            return Look(row, None, fault)
+        # what an older release, or a person, left out
+        whole = {**dict.fromkeys(_OPTIONAL), "needed": [], **row}
+        path = self.path_of(whole)
+        return Look({**whole, "size": path.stat().st_size}, path, None)
 
     def path_of(self, row: Mapping[str, Any]) -> Path:
         """Return where a row's wheel lies, or should."""
@@ -418,10 +460,13 @@ class Wheelhouse:
         missing = [name for name in _REQUIRED if row.get(name) is None]
         if missing:
             return f"its row in the manifest has no {', '.join(missing)}"
+        wrong = _wrong_value(row)
+        if wrong:
+            return f"its row in the manifest has a wrong {wrong}"
         if row["class_id"] != class_id:
             return f"it is recorded for class {row['class_id']}"
-        if row["key"] != key or not _safe_name(str(row["filename"])) or not _safe_name(str(row["component"])):
-            return f"its row in the manifest is of key {row['key']} and file {row['filename']}"
+        if row["key"] != key:
+            return f"its row in the manifest is recorded under the key {key[:12]} and says {row['key'][:12]}"
         # what an older release built stays what it was; no key of this release asks for it
         if is_imported(row) or row.get("recipe") == RECIPE:
             computed = recorded_key(row)
@@ -441,22 +486,23 @@ class Wheelhouse:
         except OSError as error:
             return f"its file cannot be read: {path} ({error.strerror})"
         if found != sha256:
+            _forget(path, sha256)
             return f"{path} has sha256 {found}, the manifest says {sha256}"
         _remember(path, sha256)
         return None
 
-    def find_imported(self, class_id: str, component: str, version: str) -> Row | None:
-        """Return the newest row of a wheel that others built for a component's version, or None.
+    def find_imported(self, class_id: str, component: str, version: str) -> list[str]:
+        """Return the keys of the wheels that others built for a component's version, the newest first.
 
         Raises:
             Problem: the manifest is damaged.
         """
-        rows = [
-            row
-            for row in self.manifest(class_id).values()
+        found = {
+            key: str(row.get("added"))
+            for key, row in self.manifest(class_id).items()
             if row.get("component") == component and is_imported(row) and satisfies(str(row.get("version")), version)
-        ]
-        return max(rows, key=lambda row: str(row.get("added")), default=None)
+        }
+        return sorted(found, key=lambda key: found[key], reverse=True)
 
     def explain(self, class_id: str, component: str, version: str, wanted: Mapping[str, Any]) -> str | None:
         """Return what differs between the wanted wheel and the newest one of that component, or None.
@@ -472,7 +518,11 @@ class Wheelhouse:
             Problem: the manifest is damaged.
         """
         rows = self.manifest(class_id)
-        known = [row for row in rows.values() if row.get("component") == component]
+        known = [
+            row
+            for row in rows.values()
+            if row.get("component") == component and not set(_REQUIRED) - set(row) and not _wrong_value(row)
+        ]
         if wanted["key"] in rows or not known:
             return None
         built = [row for row in known if not is_imported(row)]
@@ -689,7 +739,7 @@ class Wheelhouse:
         }
         if inspect is not None:
             row["needed"] = list(inspect(wheel, row).needed)
-        there = self.look(class_id, str(row["key"]))
+        there = self.look(class_id, str(row["key"]), rehash=True)
         if there.path is not None and there.row is not None:
             return there.row, False
         return (row if check else self.add(wheel, row)), True
@@ -796,24 +846,33 @@ class Wheelhouse:
 
     def _own_strays(self, class_id: str) -> list[Path]:
         """Return the strays that prune may remove: what a person put beside the wheels' folders stays."""
-        folder = self.folder(class_id)
+        folder, held = self.folder(class_id), self._held(class_id)
         return [
             path
             for path in self.strays(class_id)
-            if path.parent != folder or _is_partial(path) or _ENTRY.fullmatch(path.name)
+            if (path.parent != folder or _is_partial(path) or _ENTRY.fullmatch(path.name))
+            and (path if path.parent == folder else path.parent).name.rpartition("-")[0] not in held
         ]
 
     def _outdated(self, class_id: str, rows: Mapping[str, Row], keep: int) -> list[str]:
-        """Return the keys of rows beyond the newest of their component; one that somebody holds stays."""
+        """Return the keys of rows beyond the newest of their component.
+
+        While somebody holds a wheel of a component, none of them goes: a lock is for what is wanted, and what serves
+        that may be an imported wheel, under a key of its own.
+        """
         by_component: dict[str, list[str]] = {}
         for key, row in sorted(rows.items(), key=lambda item: str(item[1].get("added")), reverse=True):
             by_component.setdefault(str(row.get("component")), []).append(key)
         return [
             key
             for component, keys in sorted(by_component.items())
+            if component not in self._held(class_id)
             for key in keys[keep:]
-            if not self._lock_path(class_id, component, key).exists()
         ]
+
+    def _held(self, class_id: str) -> set[str]:
+        """Return the components of a class of which somebody holds a lock."""
+        return {path.name.rpartition("-")[0] for path in (self.folder(class_id) / "locks").glob("*.json")}
 
     def _old_aside(self, class_id: str, days: float) -> list[Path]:
         """Return what was set aside longer ago, by the time in its name, else by the file's."""

@@ -45,11 +45,13 @@ class Unlocking(NamedTuple):
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words."""
-    # not at the top: building keeps what it builds in here
-    from ansible_collections.jetson.mamba.plugins.plugin_utils import building
-
-    return building.duration(seconds)
+    """Return a duration as people write it: 45s, 1m20s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def now_text(moment: float | None = None) -> str:

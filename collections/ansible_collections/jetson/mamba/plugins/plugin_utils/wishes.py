@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
+import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +16,23 @@ from ansible_collections.jetson.mamba.plugins.module_utils import (
     build,
     cuda_env,
     environment,
+    inspection,
     patches,
     plan,
     shim,
     versions,
 )
+from ansible_collections.jetson.mamba.plugins.module_utils import state as survey
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file
+from ansible_collections.jetson.mamba.plugins.module_utils.passwords import without_userinfo
 from ansible_collections.jetson.mamba.plugins.plugin_utils import (
     components,
     fetch,
     locks,
     patch_series,
     sources,
+    supply,
     wheel_libs,
 )
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wheelhouse import expectation_of
@@ -40,6 +47,8 @@ UNPACKED = 3.6
 UNFETCHED_MB = {"torch": 850, "torchvision": 10}
 # a C++ compiler on torch's headers, seen on x86-64
 CPU_BUILD_MEMORY_MB = 800
+# what state.read_torch looks at
+TORCH_FACTS = ("torch/version.py", "torch/share/cmake/Torch/TorchConfig.cmake")
 Settings = Mapping[str, Any]
 Data = dict[str, Any]
 
@@ -150,7 +159,7 @@ class Wishes:
         self.locked = locks.read_lock(self.lock, self.target)
         torch = next((wheel["version"] for wheel in self.extra if wheel["name"] == "torch"), "none")
         cuda = plan.wanted_cuda(row, dict(settings))
-        self.class_id = plan.class_id(row, state, versions.pip_spelling(torch), cuda)
+        self.class_id = plan.class_id(self._built_as(row), state, versions.pip_spelling(torch), cuda)
         self.series: dict[str, list[Data]] = {}
         self.components = self._components(patch_root, progress)
         self._requirement_problems()
@@ -166,6 +175,12 @@ class Wishes:
             },
         )
 
+    def _built_as(self, row: Data) -> Data:
+        """Return the platform row, with the C++ ABI of the user's own torch wheel where its file tells."""
+        own = next((wheel for wheel in self.extra if wheel["name"] == "torch"), None)
+        found = torch_abi(own, self.cache) if own and self.settings["torch_jetpack_wheel"] else None
+        return row if found is None else dict(row, cxx11_abi=found)
+
     def _components(self, patch_root: Path, progress: Callable[[str], None] | None) -> dict[str, Data]:
         chosen = {}
         kind = "cpu" if str(self.row["sm"]) == "cpu" else "cuda"
@@ -178,6 +193,8 @@ class Wishes:
                     name, version, source, self.cache, progress, patch_root=str(patch_root), companions=companions
                 )
                 self.series[name] = patch_series.load_series(str(patch_root), name, version, companions)
+                flags = self.settings[f"{name}_build_flags"]
+                special = supply.find_special(name, version, flags, str(patch_root), companions)
             except Problem as refusal:
                 self.problems.append(dict(refusal.as_dict(), outcome=name))
                 continue
@@ -188,7 +205,7 @@ class Wishes:
                 archive.sha256,
                 self.class_id,
                 str(self.row["sm"]),
-                self.settings[f"{name}_build_flags"],
+                flags,
             )
             chosen[name] = {
                 "version": version,
@@ -197,7 +214,8 @@ class Wishes:
                 "modules": list(facts["provides_modules"]),
                 "source": source,
                 "source_sha256": archive.sha256,
-                "build_flags": list(self.settings[f"{name}_build_flags"]),
+                "build_flags": list(flags),
+                "special": special,
                 "max_jobs": self.settings[f"{name}_max_jobs"],
                 "minutes": facts["minutes_estimate"][kind],
                 "disk_mb": facts["disk_mb"],
@@ -366,11 +384,30 @@ class Wishes:
         )
 
 
+def torch_abi(wheel: Data, cache: Path) -> bool | None:
+    """Return whether a torch wheel was compiled with the C++11 ABI; None where it does not tell or is not here yet.
+
+    Args:
+        wheel: {name, version, url or path, sha256}.
+        cache: the controller's artefact cache.
+    """
+    with contextlib.suppress(OSError, Problem, *inspection.ARCHIVE_ERRORS):
+        # the user's own file is not hashed for this: it is large
+        found = None if wheel.get("path") else fetch.find_wheel(wheel, cache)
+        path = Path(wheel["path"]).expanduser() if wheel.get("path") else found.path if found else None
+        if path is not None:
+            with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="torch-") as site:
+                archive.extractall(site, [name for name in TORCH_FACTS if name in archive.NameToInfo])
+                abi: bool | None = (survey.read_torch(site) or {}).get("cxx11_abi")
+                return abi
+    return None
+
+
 def identity(wheel: Data) -> str | None:
-    """Return what tells a wheel from another of its version: its checksum, else its URL."""
+    """Return what tells a wheel from another of its version: its checksum, else its URL, whoever fetches it."""
     if wheel.get("path") and not wheel.get("sha256"):
         return sha256_file(str(Path(wheel["path"]).expanduser()))
-    return wheel.get("sha256") or wheel.get("url")
+    return wheel.get("sha256") or without_userinfo(wheel.get("url"))
 
 
 def known_hashes(series: Sequence[Data], target: str) -> list[str]:
