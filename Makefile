@@ -21,7 +21,7 @@ PYTHON_ENV := PATH="$(BIN):$$PATH" PYTHONUNBUFFERED=1
 PROVISION = $(PYTHON_ENV) $(BIN)/python tools/provision.py \
 	--fleet '$(FLEET)' $(if $(INVENTORY),--inventory '$(INVENTORY)') $(if $(ARGS),--args '$(ARGS)')
 
-.PHONY: help venv provision check verify fleet-up fleet-down test test-cuda test-browser lint unit molecule lock bundle open clean
+.PHONY: help venv provision check verify fleet-up fleet-down test test-cuda test-browser gpu-proof lint unit molecule lock bundle open clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -60,6 +60,9 @@ test-cuda: $(STAMP) ## one kernel of upstream's through the whole chain by a rea
 test-browser: $(STAMP) ## the fleet report in a headless Chromium (as root on Debian it is installed)
 	$(PYTHON_ENV) python tests/browser/need_chromium.py
 	$(PYTHON_ENV) pytest tests/browser
+
+gpu-proof: ## prove the kernels on this machine's own GPU (docs/gpu.md)
+	python3 tools/gpu_proof.py controller wheels provision again vision measure upstream builds $(GPU_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, yamllint, ansible-lint
 	$(PYTHON_ENV) ruff check .

@@ -169,6 +169,14 @@ def test_the_toolkit_states_its_version(tmp_path: Path, name: str, text: str, ve
     assert cuda_env.toolkit_version("/opt/cuda", str(tmp_path)) == version
 
 
+def test_the_header_states_the_version_where_no_file_does(tmp_path: Path) -> None:
+    """As in a container, or where single packages of CUDA were installed."""
+    include = tmp_path / "opt/cuda/include"
+    include.mkdir(parents=True)
+    (include / "cuda_runtime_api.h").write_text("/* CUDART_VERSION 1 */\n#define CUDART_VERSION  12060\n")
+    assert cuda_env.toolkit_version("/opt/cuda", str(tmp_path)) == "12.6"
+
+
 @pytest.mark.parametrize(
     ("found", "wanted", "same"),
     [

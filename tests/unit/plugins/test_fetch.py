@@ -85,6 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def no_pip_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "pip_settings", lambda: {})
+    monkeypatch.setattr(fetch, "_logins", {})
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
 
 
@@ -269,6 +270,9 @@ def index(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
+URL_WHEEL = {"name": "thing", "version": "1.0"}
+
+
 def locked(digest: str = DIGEST, name: str = "thing") -> locks.Locked:
     """Return a line of a lock."""
     return locks.Locked(name, "1.0", (digest,), NAME, len(DATA))
@@ -283,6 +287,52 @@ def test_a_locked_wheel_comes_from_the_configured_index(index: Server, cache: fe
     assert fetch.find_locked(locked(), cache) == wheel
     fetch.ensure_lock(lock, ORIN, cache)
     assert len(index.requests) == 1
+
+
+def test_the_address_of_an_index_file_is_kept_for_devices(index: Server, cache: fetch.Cache) -> None:
+    assert fetch.ensure_locked(locked(), ORIN, cache).address == index.url()
+    found = fetch.find_locked(locked(), cache)
+    assert found is not None and (found.address, found.url) == (index.url(), "")
+    # what came from nowhere has no address
+    (cache.root / "origins" / DIGEST).unlink()
+    found = fetch.find_locked(locked(), cache)
+    assert found is not None and found.address == ""
+
+
+@pytest.mark.parametrize("how", ["url", "index", "netrc"])
+def test_an_address_that_needs_a_login_is_not_kept(
+    index: Server, cache: fetch.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    server = index.url().replace("http://", "http://ada:hunter2@").rpartition("/")[0]
+    if how == "url":
+        wheel = fetch.ensure_wheel({**URL_WHEEL, "url": f"{server}/{NAME}", "sha256": DIGEST}, cache)
+    elif how == "index":
+        monkeypatch.setattr(fetch, "pip_settings", lambda: {"index-url": f"{server}/simple"})
+        wheel = fetch.ensure_locked(locked(), ORIN, cache)
+    else:
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login ada password hunter2\n")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        wheel = fetch.ensure_wheel({**URL_WHEEL, "url": index.url(), "sha256": DIGEST}, cache)
+    assert (Path(wheel.path).read_bytes(), wheel.address, cache.origin(DIGEST)) == (DATA, "", "")
+    # a later run, which was told of no login, does not hand it on either
+    monkeypatch.setattr(fetch, "_logins", {})
+    found = fetch.find_wheel({**URL_WHEEL, "url": index.url(), "sha256": DIGEST}, cache)
+    assert found is not None and found.address == ""
+
+
+def test_the_address_of_a_wheel_that_the_settings_name(server: Server, cache: fetch.Cache, tmp_path: Path) -> None:
+    wheel = {**URL_WHEEL, "url": server.url("moved.whl"), "sha256": DIGEST}
+    assert fetch.ensure_wheel(wheel, cache).address == server.url("moved.whl")
+    # as it was cached before addresses were kept
+    (cache.root / "origins" / DIGEST).unlink()
+    assert fetch.ensure_wheel(wheel, cache).address == server.url("moved.whl")
+    fetch.use_logins(server.url("x").replace("http://", "http://ada:hunter2@"))
+    assert fetch.ensure_wheel(wheel, cache).address == ""
+    (tmp_path / NAME).write_bytes(DATA)
+    for url in (f"file://{tmp_path / NAME}", server.url(NAME + "?token=hunter2")):
+        other = fetch.Cache(tmp_path / "other")
+        assert fetch.ensure_wheel({**URL_WHEEL, "url": url, "sha256": DIGEST}, other).address == ""
+    assert fetch.ensure_wheel({**URL_WHEEL, "path": str(tmp_path / NAME)}, cache).address == ""
 
 
 def test_an_index_with_other_files_only_is_a_problem(index: Server, cache: fetch.Cache) -> None:

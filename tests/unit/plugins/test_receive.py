@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import os
+import socket
 import tarfile
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.jetson.mamba.plugins.module_utils import receive
+from ansible_collections.jetson.mamba.plugins.module_utils import download, receive
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
 PART = 1000
@@ -312,7 +313,12 @@ def peer(files: list[bytes]) -> Iterator[Peer]:
 
 def pull(tmp: Path, peer: Peer, wanted: list[bytes], seconds: float = 30) -> dict[str, Any]:
     url = f"http://127.0.0.1:{peer.server_address[1]}/token"
-    return receive.pull(str(tmp), url, [row(data, sha(data)[:8]) for data in wanted], PART, seconds)
+    return with_reason(receive.pull(str(tmp), url, [row(data, sha(data)[:8]) for data in wanted], PART, seconds))
+
+
+def with_reason(answer: dict[str, Any]) -> dict[str, Any]:
+    """Add why the first of the files failed, or None."""
+    return {**answer, "trouble": next(iter(answer["refused"].values()), None)}
 
 
 def test_files_come_from_a_relay(tmp_path: Path, peer: Peer, files: list[bytes]) -> None:
@@ -346,7 +352,7 @@ def test_a_relay_is_gone_on_with_by_range(tmp_path: Path, peer: Peer, files: lis
 def test_a_relay_is_left_when_the_time_is_up(
     tmp_path: Path, peer: Peer, files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receive, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(receive, "_PIECE_BYTES", 500)
     monkeypatch.setattr(receive, "SLOWEST_PULL_BYTES", 1)
     peer.delay = 0.2
     answer = pull(tmp_path, peer, files[:1], seconds=0.3)
@@ -369,8 +375,10 @@ def test_a_relay_that_lies_is_not_believed(tmp_path: Path, peer: Peer, files: li
 
 def test_a_relay_without_the_file_and_no_relay(tmp_path: Path, peer: Peer) -> None:
     assert "404" in pull(tmp_path, peer, [content(9, 9)])["trouble"]
-    answer = receive.pull(str(tmp_path), "http://127.0.0.1:9/token", [row(content(9, 9))], PART, 30)
-    assert "does not answer" in answer["trouble"]
+    wanted = [row(content(9, seed)) for seed in (8, 9)]
+    answer = receive.pull(str(tmp_path), "http://127.0.0.1:9/token", wanted, PART, 30)
+    assert sorted(answer["refused"]) == sorted(item["sha256"] for item in wanted)
+    assert "does not answer" in with_reason(answer)["trouble"]
 
 
 def test_a_pull_that_does_not_fit_is_refused(
@@ -380,3 +388,226 @@ def test_a_pull_that_does_not_fit_is_refused(
     with pytest.raises(Problem, match="0 MB free"):
         pull(tmp_path, peer, files)
     assert peer.asked == []
+
+
+# ---------------------------------------------------------------- from the internet
+
+
+class Publisher(http.server.ThreadingHTTPServer):
+    """A server on the internet: files by path, and what else it does at a path."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), PublisherHandler)
+        self.files: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        self.headers: list[dict[str, str]] = []
+        # after how many bytes each answer ends, one after the other
+        self.cuts: list[int] = []
+        self.knows_range = True
+        self.delay = 0.0
+
+    def url(self, name: str) -> str:
+        """Return the address of a file."""
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def offer(self, data: bytes, name: str) -> dict[str, Any]:
+        """Serve a file and return what a device is told of it."""
+        self.files["/" + name] = data
+        return row(data, name, url=self.url(name))
+
+
+class PublisherHandler(http.server.BaseHTTPRequestHandler):
+    server: Publisher
+
+    def log_message(self, *_arguments: Any) -> None:
+        """Keep silent."""
+
+    def do_GET(self) -> None:
+        server, wanted = self.server, self.headers.get("Range")
+        server.asked.append((self.path, wanted))
+        server.headers.append(dict(self.headers))
+        if self.path in server.moved:
+            self.send_response(302)
+            self.send_header("Location", server.moved[self.path])
+            self.end_headers()
+            return
+        data = server.files.get(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        first = int(wanted[6:-1]) if wanted and server.knows_range else 0
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        end = min(len(data), first + server.cuts.pop(0)) if server.cuts else len(data)
+        for at in range(first, end, 500):
+            self.wfile.write(data[at : min(at + 500, end)])
+            self.wfile.flush()
+            time.sleep(server.delay)
+
+
+@pytest.fixture
+def publisher(monkeypatch: pytest.MonkeyPatch) -> Iterator[Publisher]:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    with Publisher() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def fetch(tmp: Path, wanted: list[dict[str, Any]], seconds: float = 30) -> dict[str, Any]:
+    return receive.pull(str(tmp), "", wanted, PART, seconds)
+
+
+def test_a_device_fetches_files_from_their_addresses(tmp_path: Path, publisher: Publisher, files: list[bytes]) -> None:
+    wanted = [publisher.offer(data, f"{number}%2B.whl") for number, data in enumerate(files)]
+    answer = fetch(tmp_path, wanted)
+    assert (answer["refused"], answer["received"]) == ({}, 2510)
+    assert answer["done"] == [sha(data) for data in files]
+    assert [path for path, _range in publisher.asked] == ["/0%2B.whl", "/1%2B.whl", "/2%2B.whl"]
+    folder = receive.finish(str(tmp_path), wanted, PART)["folder"]
+    assert [Path(folder, f"{number}%2B.whl").read_bytes() for number in range(3)] == files
+    assert all(headers["Accept-Encoding"] == "identity" for headers in publisher.headers)
+
+
+def test_a_cut_download_is_gone_on_with(tmp_path: Path, publisher: Publisher, files: list[bytes]) -> None:
+    publisher.cuts = [1200, 900]
+    answer = fetch(tmp_path, [publisher.offer(files[0], "a.whl")])
+    assert answer["refused"] == {} and answer["received"] == 2500
+    assert [asked for _path, asked in publisher.asked] == [None, "bytes=1200-", "bytes=2100-"]
+
+
+def test_what_is_cut_again_and_again_is_given_up_and_its_beginning_kept(
+    tmp_path: Path, publisher: Publisher, files: list[bytes]
+) -> None:
+    publisher.cuts = [1100, 0, 0]
+    answer = fetch(tmp_path, [publisher.offer(files[0], "a.whl"), publisher.offer(files[1], "b.whl")])
+    assert answer["refused"] == {sha(files[0]): "it ended at 1100 of 2500 bytes"}
+    assert len(publisher.asked) == 3 + 1 and answer["had"][sha(files[0])] == 1100
+    # the controller sends the rest
+    assert receive.begin(str(tmp_path), [row(files[0])], PART)["missing"] == {sha(files[0]): [1, 2]}
+
+
+def test_a_download_goes_on_in_the_next_call(
+    tmp_path: Path, publisher: Publisher, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "_PIECE_BYTES", 500)
+    monkeypatch.setattr(receive, "SLOWEST_PULL_BYTES", 1)
+    publisher.delay = 0.2
+    wanted = [publisher.offer(files[0], "a.whl")]
+    answer = fetch(tmp_path, wanted, seconds=0.3)
+    assert answer["refused"] == {} and answer["done"] == [] and 0 < answer["received"] < 2500
+    publisher.delay = 0
+    assert fetch(tmp_path, wanted)["done"] == [sha(files[0])]
+    assert publisher.asked[1] == ("/a.whl", f"bytes={answer['received']}-")
+
+
+def test_a_server_that_cannot_go_on_is_left(tmp_path: Path, publisher: Publisher, files: list[bytes]) -> None:
+    put(tmp_path, files[0], [0])
+    publisher.knows_range = False
+    answer = fetch(tmp_path, [publisher.offer(files[0], "a.whl")])
+    assert "cannot go on" in answer["refused"][sha(files[0])] and answer["had"] == {sha(files[0]): 1000}
+
+
+def test_what_a_server_lacks_or_has_otherwise_fails_alone(
+    tmp_path: Path, publisher: Publisher, files: list[bytes]
+) -> None:
+    wrong, short = content(2500, 7), content(40, 8)
+    wanted = [
+        row(files[0], url=publisher.url("none.whl")),
+        {**publisher.offer(bytes(2500), "wrong.whl"), "sha256": sha(wrong)},
+        {**publisher.offer(b"<html>Log in here", "short.whl"), "sha256": sha(short), "size": 40},
+        publisher.offer(files[1], "b.whl"),
+    ]
+    answer = fetch(tmp_path, wanted)
+    assert answer["done"] == [sha(files[1])]
+    assert answer["refused"] == {
+        sha(files[0]): "it answers 404 Not Found",
+        sha(wrong): f"what it sent as {sha(wrong)[:12]}… has another sha256",
+        sha(short): "it has a file of 17 bytes there, not of 40",
+    }
+    # nothing wrong stays to be gone on with
+    assert answer["had"] == {sha(files[0]): 0, sha(wrong): 0, sha(short): 0, sha(files[1]): 10}
+
+
+def test_a_server_that_does_not_answer_is_asked_once(
+    tmp_path: Path, publisher: Publisher, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    real = socket.create_connection
+
+    def connect(address: Any, *more: Any, **options: Any) -> Any:
+        tried.append(address[1])
+        return real(address, *more, **options)
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    wanted = [row(content(9, seed), url=f"http://127.0.0.1:9/{seed}.whl") for seed in range(5)]
+    answer = fetch(tmp_path, [*wanted, publisher.offer(files[1], "b.whl")])
+    assert answer["done"] == [sha(files[1])] and len(answer["refused"]) == 5
+    assert set(answer["refused"].values()) == {"it does not answer (Connection refused)"}
+    assert tried.count(9) == 1
+
+
+def test_a_redirection_is_followed_to_servers_only(tmp_path: Path, publisher: Publisher, files: list[bytes]) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(files[0])
+    publisher.files["/cdn/a.whl"] = files[0]
+    for where in (f"file://{secret}", "ftp://127.0.0.1/a", "data:,x", "http://me:hunter2@127.0.0.1/a", str(secret)):
+        publisher.moved["/a.whl"] = where
+        answer = fetch(tmp_path, [row(files[0], url=publisher.url("a.whl"))])
+        assert answer["done"] == [] and answer["received"] == 0, where
+        assert "hunter2" not in str(answer)
+    # signed addresses, as file hosts hand them out, are the server's own business
+    publisher.moved["/a.whl"] = "/cdn/a.whl"
+    publisher.cuts = [700]
+    assert fetch(tmp_path, [row(files[0], url=publisher.url("a.whl"))])["done"] == [sha(files[0])]
+    assert publisher.asked[-2:] == [("/a.whl", "bytes=700-"), ("/cdn/a.whl", "bytes=700-")]
+
+
+@pytest.mark.parametrize("url", ["", None, "file:///etc/passwd", "/etc/passwd", "ftp://h/a", "http://", "http://h:x/a"])
+def test_what_is_no_address_is_not_opened(tmp_path: Path, files: list[bytes], url: Any) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(files[0])
+    for where in (url, f"file://{secret}"):
+        answer = fetch(tmp_path / "tmp", [row(files[0], url=where)])
+        assert answer["done"] == [] and "no address" in answer["refused"][sha(files[0])]
+
+
+def test_the_devices_own_proxy_is_used(
+    tmp_path: Path, publisher: Publisher, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{publisher.server_port}")
+    publisher.files["http://files.invalid/a.whl"] = files[0]
+    assert fetch(tmp_path, [row(files[0], url="http://files.invalid/a.whl")])["done"] == [sha(files[0])]
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("https://example.com/a-1.0%2Bcpu.whl", True),
+        ("http://[::1]:8080/a.whl#sha256=00", True),
+        ("https://me:secret@example.com/a.whl", False),
+        ("https://token@example.com/a.whl", False),
+        ("https://example.com/a.whl?X-Signature=secret", False),
+        ("file:///srv/a.whl", False),
+        ("ssh://git@example.com/a", False),
+        ("https:///a.whl", False),
+        ("https://example.com:port/a.whl", False),
+        ("https://example.com/a\n.whl", False),
+        ("https://example.com/a b.whl", False),
+        ("https://example.com/ä.whl", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_addresses_that_devices_may_be_told(url: Any, public: bool) -> None:
+    assert download.is_public(url) is public

@@ -192,7 +192,7 @@ def test_a_relay_from_start_to_end(tmp: Path) -> None:
     store = Path(relay.store_folder(str(tmp)))
     assert store.stat().st_mode & 0o777 == 0o700 and (store / "files").stat().st_mode & 0o777 == 0o700
     answer = receive.pull(str(tmp), made["url"], [row()], 1000, 30)
-    assert (answer["done"], answer["trouble"]) == ([DIGEST], None)
+    assert (answer["done"], answer["refused"]) == ([DIGEST], {})
     assert relay.stop(str(tmp), check=True) and is_alive(made["pid"])
     assert relay.stop(str(tmp))
     assert not is_alive(made["pid"], 5) and not store.exists()

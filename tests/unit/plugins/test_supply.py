@@ -169,7 +169,7 @@ def test_what_others_built_serves_nobody_who_wants_a_special_build(house: Wheelh
     assert found.path is None and not found.faulty and said == []
     assert [" is not used: causal_conv1d_build_flags is set" in reason for reason in found.reasons] == [True, False]
     assert "imported causal_conv1d-1.6.0-cp310" in found.reasons[0] and "not asked" in found.reasons[1]
-    assert "take that setting back" in supply.nowhere(special, house, found).next_step
+    assert "take back what the reason names" in supply.nowhere(special, house, found).next_step
     row = stock(house, special, real_wheel(tmp_path / "own", text="own"))
     assert find(house, wanted=special)[0].path == house.path_of(row), "a build of the same inputs always serves"
 

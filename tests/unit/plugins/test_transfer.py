@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,11 +281,11 @@ def test_single_files_keep_to_the_rate_in_both_directions(tmp_path: Path, monkey
 
 
 def test_options_come_from_the_plan_where_none_are_given(tmp_path: Path) -> None:
-    plan = {"transfer": {"rate_limit_kbit": 5, "relay": "peer"}}
+    plan = {"transfer": {"rate_limit_kbit": 5, "relay": "peer", "downloads": "device"}}
     made = Courier(Device(), {"jetson_platform_plan": plan}, str(tmp_path), None, print)
-    assert (made._rate_kbit, made._relay) == (5, "peer")
+    assert (made._rate_kbit, made._relay, made._fetches) == (5, "peer", True)
     made = Courier(Device(), {"jetson_platform_plan": plan}, str(tmp_path), {}, print)
-    assert (made._rate_kbit, made._relay) == (0, "")
+    assert (made._rate_kbit, made._relay, made._fetches) == (0, "", False)
 
 
 # ---------------------------------------------------------------- progress
@@ -296,7 +300,7 @@ def test_progress_is_said_while_it_lasts(tmp_path: Path, monkeypatch: pytest.Mon
             count[0] += 1
             if count[0] == 3:
                 for _attempt in range(500):
-                    if said:
+                    if any(" 2 of 3 MB, for " in line for line in said):
                         break
                     time.sleep(0.01)
             return super()._transfer_file(local_path, remote_path)
@@ -349,7 +353,8 @@ class Relayed(Device):
             folder = Path(receive.incoming_folder(str(self.tmp)), parcel.sha256)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "whole").write_bytes(Path(parcel.path).read_bytes())
-        return {"done": [parcel.sha256 for parcel in got], "had": {}, "free_bytes": 1, "trouble": trouble}
+        failed = dict.fromkeys(self.asked[-1][count:], trouble) if trouble else {}
+        return {"done": [parcel.sha256 for parcel in got], "had": {}, "free_bytes": 1, "refused": failed}
 
 
 def relayed(device: Device, tmp: Path, parcels: list[Parcel], said: list[str], own: bool = False) -> None:
@@ -388,3 +393,178 @@ def test_a_relay_without_a_store_is_not_asked(tmp_path: Path) -> None:
     device = Device()
     deliver(device, tmp_path, [make(tmp_path / "own", "a", 9)], relay="peer")
     assert device.steps == ["open", "finish", "close"]
+
+
+# ---------------------------------------------------------------- the device's own downloads
+
+
+class Shop(http.server.ThreadingHTTPServer):
+    """Files on the internet, by name."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ShopHandler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+
+    def offer(self, parcel: Parcel, data: bytes | None = None) -> Parcel:
+        """Serve a parcel's file, or other bytes, and return the parcel with its address."""
+        self.files["/" + parcel.name] = Path(parcel.path).read_bytes() if data is None else data
+        return replace(parcel, url=f"http://127.0.0.1:{self.server_port}/{parcel.name}")
+
+
+class ShopHandler(http.server.BaseHTTPRequestHandler):
+    server: Shop
+
+    def log_message(self, *_arguments: Any) -> None:
+        """Keep silent."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        data = self.server.files.get(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    with Shop() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_a_device_that_is_told_to_fetches_by_itself(tmp_path: Path, shop: Shop) -> None:
+    parcels = [shop.offer(make(tmp_path / "own", name, 2500)) for name in "ab"]
+    device = Device()
+    deliver(device, tmp_path, parcels, downloads="device")
+    assert device.steps == ["pull", "finish", "close"]
+    assert (shop.asked, device.put) == (["/a", "/b"], [])
+    assert list((tmp_path / "device").iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"downloads": "controller"}])
+def test_without_being_told_no_address_reaches_a_device(tmp_path: Path, shop: Shop, options: Any) -> None:
+    device = Telling()
+    deliver(device, tmp_path, [shop.offer(make(tmp_path / "own", "a", 2500))], **options)
+    assert device.steps == ["open", "finish", "close"] and shop.asked == [] and len(device.put) == 3
+    assert all("url" not in row for told in device.told for row in told["wanted"])
+
+
+class Telling(Device):
+    """A device that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, Any]] = []
+
+    def receive(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        self.told.append(arguments)
+        return super().receive(arguments)
+
+
+def test_what_a_device_cannot_get_comes_from_the_controller(tmp_path: Path, shop: Shop) -> None:
+    own = tmp_path / "own"
+    good, wrong, absent, nowhere, other, unknown = (
+        make(own, name, 300) for name in ("good", "wrong", "absent", "nowhere", "other", "unknown")
+    )
+    closed = "http://127.0.0.1:9"
+    parcels = [
+        shop.offer(good),
+        shop.offer(wrong, bytes(300)),
+        replace(absent, url=f"http://127.0.0.1:{shop.server_port}/absent"),
+        replace(nowhere, url=f"{closed}/nowhere"),
+        replace(other, url=f"{closed}/other"),
+        unknown,
+    ]
+    device, said = Device(), list[str]()
+    deliver(device, tmp_path, parcels, said, downloads="device")
+    assert device.steps == ["pull", "open", "finish", "close"] and len(device.put) == 5
+    assert list((tmp_path / "device").iterdir()) == []
+    base = f"http://127.0.0.1:{shop.server_port}"
+    assert said == [
+        "orin: no address that the device may use is known of 1 of 6 files; the controller sends them",
+        f"orin: the device could not fetch {base}/wrong: what it sent as {wrong.sha256[:12]}… has another sha256; "
+        "taken from the controller",
+        f"orin: the device could not fetch {base}/absent: it answers 404 Not Found; taken from the controller",
+        f"orin: the device could not fetch {closed}/nowhere and 1 more: it does not answer (Connection refused); "
+        "taken from the controller",
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_of_small_files_that_came_another_way(
+    tmp_path: Path, shop: Shop, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr(transfer, "SMALL_BYTES", 1 << 20)
+    parcels = [shop.offer(make(tmp_path / "own", name, 300), bytes(300)) for name in "abc"]
+    if fails:
+        parcels = [replace(parcel, sha256=digit * 64) for digit, parcel in zip("123", parcels, strict=True)]
+        with pytest.raises(Problem, match="sha256"):
+            deliver(Device(), tmp_path, parcels, downloads="device")
+    else:
+        device = Device()
+        deliver(device, tmp_path, parcels, downloads="device")
+        assert len(device.put) > 0 and shop.asked == ["/a", "/b", "/c"]
+    assert list((tmp_path / "device").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hunter2@127.0.0.1:{port}/a", "http://127.0.0.1:{port}/a?token=hunter2", "file:///hunter2", "hunter2"],
+)
+def test_no_secret_and_no_file_address_reaches_a_device(tmp_path: Path, shop: Shop, url: str) -> None:
+    device, said = Telling(), list[str]()
+    parcel = replace(make(tmp_path / "own", "a", 300), url=url.format(port=shop.server_port))
+    deliver(device, tmp_path, [parcel], said, downloads="device")
+    assert device.steps == ["open", "finish", "close"] and shop.asked == []
+    assert "hunter2" not in str(device.told) + str(said)
+
+
+def test_a_relay_goes_before_the_devices_own_downloads(tmp_path: Path, shop: Shop) -> None:
+    parcels = [shop.offer(make(tmp_path / "own", name, 300)) for name in "abcd"]
+    store = {"url": "http://127.0.0.1:9/t", "files": [parcel.sha256 for parcel in parcels[:3]]}
+
+    class Served(Relayed):
+        def receive(self, arguments: dict[str, Any]) -> dict[str, Any]:
+            if arguments["mode"] == "pull" and not arguments["url"]:
+                return Device.receive(self, arguments)
+            return super().receive(arguments)
+
+    device, said = Served(tmp_path, parcels, [(2, "it does not answer")]), list[str]()
+    variables = {"inventory_hostname": "orin", "hostvars": {"peer": {transfer.STORE_FACT: store}}}
+    options = {"relay": "peer", "downloads": "device"}
+    with Courier(device, variables, str(tmp_path / "device"), options, said.append).delivered(parcels) as folder:
+        assert sorted(os.listdir(folder)) == list("abcd")
+    assert device.steps == ["pull", "pull", "finish", "close"]
+    assert shop.asked == ["/c", "/d"] and device.put == []
+    assert "what is missing is fetched from the internet" in said[0]
+
+
+def test_a_download_takes_as_many_calls_as_it_needs(tmp_path: Path, shop: Shop) -> None:
+    asked: list[list[str]] = []
+    parcels = [shop.offer(make(tmp_path / "own", name, 300)) for name in "abc"]
+
+    class Slow(Device):
+        def receive(self, arguments: dict[str, Any]) -> dict[str, Any]:
+            if arguments["mode"] != "pull":
+                return super().receive(arguments)
+            asked.append([row["sha256"] for row in arguments["wanted"]])
+            assert 0 < arguments["seconds"] <= 30
+            one = {**arguments, "wanted": arguments["wanted"][:1]}
+            return super().receive(one)
+
+    deliver(Slow(), tmp_path, parcels, downloads="device")
+    digests = [parcel.sha256 for parcel in parcels]
+    assert asked == [digests, digests[1:], digests[2:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,3 +252,25 @@ def test_fetch_artefacts_looks_into_extra_wheels(arguments: dict[str, Any], tmp_
     trap = make_wheel(tmp_path / "trap", "torch", "cp310-cp310-linux_aarch64", {"a.so": X86})
     wanted = {**fetch_arguments(arguments), "extra": [{"name": "torch", "version": "1.0", "path": str(trap)}]}
     assert "x86_64" in Controller(wanted).run()["msg"]
+
+
+def test_a_device_is_told_where_its_wheels_come_from(arguments: dict[str, Any]) -> None:
+    cache = fetch.Cache(arguments["cache"])
+    (one,) = cache.root.glob("files/*/one-*.whl")
+    cache.note_origin(one.parent.name, "http://127.0.0.1:9/one.whl")
+    for downloads, steps in (("controller", ["open", "finish", "close"]), ("device", ["pull", "open", "finish"])):
+        told: list[dict[str, Any]] = []
+
+        class Telling(Device):
+            def receive(self, said: dict[str, Any], told: list[dict[str, Any]] = told) -> dict[str, Any]:
+                told.append(said)
+                return super().receive(said)
+
+        device = Telling(arguments)
+        plan = {"transfer": {"downloads": downloads}}
+        result = device.run(None, {"inventory_hostname": "orin", "jetson_platform_plan": plan})
+        assert result["changed"] and device.steps[:3] == steps
+        urls = {row["url"] for call in told for row in call["wanted"] if "url" in row}
+        assert urls == ({"http://127.0.0.1:9/one.whl"} if downloads == "device" else set())
+        for path in Path(arguments["site_packages"]).glob("*.dist-info"):
+            shutil.rmtree(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.jetson.mamba.plugins.plugin_utils import building
+from ansible_collections.jetson.mamba.plugins.plugin_utils import building, patch_series
 from ansible_collections.jetson.mamba.plugins.plugin_utils import settings as checks
 from ansible_collections.jetson.mamba.plugins.plugin_utils.wishes import Wishes, read_platforms
 
@@ -96,8 +96,17 @@ def test_the_users_checksum_is_enough(tmp_path: Path, settings: dict[str, Any]) 
 
 def test_a_platform_without_a_known_torch(tmp_path: Path, settings: dict[str, Any]) -> None:
     row = next(row for row in read_platforms() if row["id"] == "jetpack-7.0-7.1")
-    (problem,) = wishes(tmp_path, settings, row).problems
+    problems = wishes(tmp_path, settings, row).problems
+    (problem,) = [one for one in problems if one["outcome"] == "torch_jetpack"]
     assert "torch_jetpack_wheel" in problem["next"]
+
+
+@pytest.mark.parametrize(("cuda", "files"), [(None, 0), ("12.6", 0), ("13.0", 1), ("13.2", 1)])
+@pytest.mark.parametrize("version", ["2.2.4", "2.2.5"])
+def test_the_cub_of_cuda_13_needs_a_source_patch(version: str, cuda: str | None, files: int) -> None:
+    companions = {"causal_conv1d": "1.6.0", "mamba_ssm": version, "cuda": cuda}
+    series = patch_series.load_series(str(ROOT / "files/patches"), "mamba_ssm", version, companions, "source")
+    assert [patch["target"] for patch in series] == ["csrc/selective_scan/reverse_scan.cuh"] * files
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,7 @@ def test_the_key_of_the_plan_is_the_key_of_the_build(tmp_path: Path, settings: d
                 "version": data["version"],
                 "source": data["source"],
                 "patch_root": str(ROOT / "files/patches"),
-                "companions": {other: one["version"] for other, one in made.components.items()},
+                "companions": made.companions(),
                 "cache": str(tmp_path / "another cache"),
                 "class_id": made.class_id,
                 "sm": GUIDE["sm"],

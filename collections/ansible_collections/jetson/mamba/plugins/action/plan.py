@@ -190,7 +190,11 @@ class ActionModule(ActionBase):
             "scope": scope,
             "user": state["user"],
             "paths": paths,
-            "versions": {name: data["version"] for name, data in wishes.components.items()},
+            # with CUDA's, which conditions of patch series may name
+            "versions": {
+                **wishes.companions(),
+                **{name: data["version"] for name, data in wishes.components.items()},
+            },
             "components": self._components(wishes, needs),
             "packages": wishes.packages()["run"],
             "build_packages": wishes.packages()["build"],
@@ -216,6 +220,7 @@ class ActionModule(ActionBase):
             "transfer": {
                 "rate_limit_kbit": settings["jetson_platform_rate_limit_kbit"],
                 "relay": settings["jetson_platform_relay"],
+                "downloads": settings["jetson_platform_downloads"],
             },
             "cuda_login": settings["cuda_env_login"]
             and settings["cuda_env_state"] == "present"

@@ -58,7 +58,7 @@ class ActionModule(ActionBase):
 
         names = {row["name"] for row in missing}
         chosen = self._files(arguments, names, entries, target, cache)
-        parcels = [transfer.Parcel(wheel.path, wheel.sha256, wheel.filename) for wheel, _keep in chosen]
+        parcels = [transfer.Parcel(wheel.path, wheel.sha256, wheel.filename, wheel.address) for wheel, _keep in chosen]
         rows = [_row(wheel, keep) for wheel, keep in chosen]
         courier = transfer.Courier(self, task_vars, arguments["tmp"], None, _say, display.warning)
         with (

@@ -186,11 +186,16 @@ def library_dirs(cuda_home: str, prefix: str = "") -> list[str]:
 
 
 def toolkit_version(cuda_home: str, prefix: str = "") -> str | None:
-    """Return the full version ("12.6.68") that a toolkit's version.json or version.txt states, or None."""
+    """Return the version that a toolkit states ("12.6.68", or "13.0" where only its header says one), or None."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(json.loads(read_text(f"{prefix}{cuda_home}/version.json") or "")["cuda"]["version"])
     match = re.search(r"CUDA Version (\d+\.\d+\S*)", read_text(f"{prefix}{cuda_home}/version.txt") or "")
-    return match.group(1) if match else None
+    if match:
+        return match.group(1)
+    # containers and single packages bring neither file, but the runtime's header, which says 13000
+    header = read_text(f"{prefix}{cuda_home}/include/cuda_runtime_api.h") or ""
+    match = re.search(r"^#define\s+CUDART_VERSION\s+(\d+)", header, re.M)
+    return f"{int(match.group(1)) // 1000}.{int(match.group(1)) % 1000 // 10}" if match else None
 
 
 def same_release(found: str | None, wanted: str) -> bool:
@@ -229,7 +234,7 @@ def require_toolkit(wish: Wish, prefix: str = "") -> None:
         f"run 'sudo apt-get install {packages}' on the device, or set cuda_env_install: true; " if packages else ""
     )
     raise Problem(
-        f"CUDA {found} at {wish.cuda_home}" if found else f"no version.json or version.txt of CUDA in {wish.cuda_home}",
+        f"CUDA {found} at {wish.cuda_home}" if found else f"no version of CUDA is stated in {wish.cuda_home}",
         expected,
         install + "if the toolkit is elsewhere, set cuda_env_home to its folder",
     )

@@ -37,6 +37,8 @@ STALE_SECONDS = 12 * 3600
 # below this in a whole call, the controller is the faster way
 SLOWEST_PULL_BYTES = 256 << 10
 _BLOCK_BYTES = 1 << 20
+# what a cut of the network costs
+_PIECE_BYTES = 64 << 10
 _LOCK_SECONDS = 90.0
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _DELIVERY_NAME = re.compile(re.escape(DELIVERY) + r"[A-Za-z0-9_]{8}\Z")
@@ -470,7 +472,7 @@ def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: fl
         seconds: after how long to return, to be asked again.
 
     Returns:
-        done ([sha256], verified), had ({sha256: bytes}), free_bytes, received (bytes in this call), and failed
+        done ([sha256], verified), had ({sha256: bytes}), free_bytes, received (bytes in this call), and refused
         ({sha256: why it is not to be asked for again}). A server that fails is no error.
 
     Raises:
@@ -483,7 +485,7 @@ def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: fl
         raise no_room(tmp, free_bytes(incoming), lacking)
     state = _Pull(download.Peer(url) if url else download.Internet(), time.monotonic() + seconds)
     done, had = [], {}
-    failed: Dict[str, str] = {}
+    refused: Dict[str, str] = {}
     arrived = 0
     try:
         for row in wanted:
@@ -493,7 +495,7 @@ def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: fl
                     arrival.join()
                     reason = state.fetch(row, arrival)
                     if reason:
-                        failed[arrival.sha256] = reason
+                        refused[arrival.sha256] = reason
                     arrived += arrival.is_whole()
                 if arrival.is_whole():
                     done.append(arrival.sha256)
@@ -502,15 +504,15 @@ def pull(tmp: str, url: str, wanted: Sequence[Row], part_bytes: int, seconds: fl
         _raise_problem(error, tmp)
     finally:
         state.line.hang_up()
-    if not failed and not arrived and len(done) < len(wanted) and state.received < SLOWEST_PULL_BYTES:
+    if not refused and not arrived and len(done) < len(wanted) and state.received < SLOWEST_PULL_BYTES:
         reason = f"it sent {state.received} bytes in {seconds:.0f} s"
-        failed = {str(row["sha256"]): reason for row in wanted if row["sha256"] not in done}
+        refused = {str(row["sha256"]): reason for row in wanted if row["sha256"] not in done}
     return {
         "done": done,
         "had": had,
         "free_bytes": free_bytes(incoming_folder(tmp)),
         "received": state.received,
-        "failed": failed,
+        "refused": refused,
     }
 
 
@@ -578,20 +580,19 @@ class _Pull:
                 if self.is_over():
                     self.line.hang_up()
                     return offset
-                block = self._read(response, min(_BLOCK_BYTES, arrival.size - offset))
+                block = self._read(response, min(_PIECE_BYTES, arrival.size - offset))
                 if not block:
                     raise download.Trouble(f"it ended at {offset} of {arrival.size} bytes", cut=True)
                 output.write(block)
                 offset += len(block)
                 self.received += len(block)
-        if self._read(response, 1):
-            self.line.hang_up()
+        self.line.finish(response)
         return offset
 
     def _read(self, response: http.client.HTTPResponse, size: int) -> bytes:
-        """Return what comes next, as soon as it comes; b"" at the end."""
+        """Return what comes next; b"" at the end."""
         try:
-            return response.read1(size)
+            return response.read(size)
         except socket.timeout as error:
             raise download.Trouble(f"it was silent for {self.line.patience:.0f} s", cut=True) from error
         except (OSError, http.client.HTTPException) as error:

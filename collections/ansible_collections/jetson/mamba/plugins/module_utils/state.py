@@ -111,25 +111,13 @@ def read_cuda(top: str, further: Sequence[str] = ()) -> Dict[str, Any]:
         toolkits.append(
             {
                 "path": "/" + os.path.relpath(path, top),
-                "version": cuda_version(path),
+                "version": cuda_env.toolkit_version(path),
                 "nvcc": os.access(os.path.join(path, "bin/nvcc"), os.X_OK),
             }
         )
     link = os.path.join(top, "usr/local/cuda")
     target = os.path.realpath(link) if os.path.exists(link) else None
     return {"link": target, "toolkits": toolkits}
-
-
-def cuda_version(path: str) -> Optional[str]:
-    """Return the full version ("12.6.68") that a toolkit's folder states, or None."""
-    text = read_text(os.path.join(path, "version.json"))
-    if text:
-        try:
-            return str(json.loads(text)["cuda"]["version"])
-        except (ValueError, KeyError, TypeError):
-            return None
-    match = re.search(r"CUDA Version ([\d.]+)", read_text(os.path.join(path, "version.txt")) or "")
-    return match.group(1) if match else None
 
 
 def read_memory(top: str) -> Dict[str, int]:

@@ -22,7 +22,7 @@ options:
   mode:
     description:
       - V(open) prepares and says which parts are not there yet; V(finish) joins, verifies and delivers;
-        V(pull) fetches from a relay; V(close) removes.
+        V(pull) fetches from a relay or from the internet; V(close) removes.
     type: str
     choices: [open, finish, pull, close]
     required: true
@@ -33,7 +33,8 @@ options:
   wanted:
     description:
       - The files; sha256 and size (bytes) of each. For V(finish) also names (its names in the delivery), or members
-        (it is a tar; name and sha256 of what is in it), and parts (their sha256) after it was found damaged.
+        (it is a tar; name and sha256 of what is in it), and parts (their sha256) after it was found damaged. For
+        V(pull) without a relay also url, its own address.
     type: list
     elements: dict
     default: []
@@ -42,8 +43,11 @@ options:
     type: int
     default: 33554432
   url:
-    description: Where a relay serves files by their sha256. Required for V(pull).
+    description:
+      - For V(pull), where a relay serves files by their sha256. Empty means that each is fetched from its own address,
+        by this machine's proxy settings and certificates.
     type: str
+    default: ""
   seconds:
     description: After how long V(pull) returns, to be called again.
     type: float
@@ -104,10 +108,10 @@ received:
   description: Bytes received in this call.
   returned: mode pull
   type: int
-trouble:
-  description: Why the relay is not to be used any more, or null.
+refused:
+  description: Why a file is not to be asked for again, by sha256.
   returned: mode pull
-  type: str
+  type: dict
 left:
   description: What could not be removed.
   returned: mode close
@@ -124,11 +128,10 @@ def main() -> None:
             "tmp": {"type": "path", "required": True},
             "wanted": {"type": "list", "elements": "dict", "default": []},
             "part_bytes": {"type": "int", "default": 32 << 20},
-            "url": {"type": "str"},
+            "url": {"type": "str", "default": ""},
             "seconds": {"type": "float", "default": 30.0},
             "folder": {"type": "path"},
         },
-        required_if=[("mode", "pull", ["url"])],
         supports_check_mode=True,
     )
     given = module.params

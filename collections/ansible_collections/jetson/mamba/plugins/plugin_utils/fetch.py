@@ -7,6 +7,7 @@ same time. Layout of the cache:
     incoming/<filename>          files that a person put there; taken in where the sha256 fits
     partial/                     downloads in flight; an interrupted one is continued
     trust.json                   checksums accepted on first use
+    origins/<sha256>             the address that a file came from, empty where that needed a login
     locks/                       who is downloading what
 """
 
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.jetson.mamba.plugins.module_utils.download import is_public
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 from ansible_collections.jetson.mamba.plugins.module_utils.files import sha256_file, write_atomic
 from ansible_collections.jetson.mamba.plugins.module_utils.passwords import (
@@ -89,6 +91,7 @@ class Artefact:
         sha256: its checksum.
         size: bytes.
         url: where it came from, "" where from a local file or an index.
+        address: where a device may fetch it by itself, "" where that is not known or needs a login.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Artefact:
     sha256: str
     size: int
     url: str = ""
+    address: str = ""
 
 
 Wheel = Artefact
@@ -247,6 +251,19 @@ class Cache:
         target.with_name(filename + ".verified").write_text(_stamp(target))
         return target
 
+    def note_origin(self, sha256: str, address: str) -> None:
+        """Keep the address that a file came from; "" where nobody else may use it."""
+        folder = self.root / "origins"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(str(folder / sha256), f"{address}\n".encode(), 0o644)
+
+    def origin(self, sha256: str) -> str | None:
+        """Return the address that a file came from, "" where nobody else may use it, None where it is not known."""
+        try:
+            return (self.root / "origins" / sha256).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError):
+            return None
+
     @contextlib.contextmanager
     def locked(self, key: str, tick: Report, what: str) -> Iterator[None]:
         """Hold the lock of a key among all processes of this machine; waiting is reported."""
@@ -372,12 +389,13 @@ def ensure_url(
         digest = known_sha256(url, sha256, cache)
         found = cache.find(digest, filename) if digest else None
         if found is None:
-            partial = _download(url, digest, filename, cache, tick)
+            partial, is_free = _download(url, digest, filename, cache, tick)
             actual, size = str(sha256_file(str(partial))), partial.stat().st_size
             if digest and actual != digest:
                 partial.unlink()
                 raise _wrong_checksum(url, filename, actual, digest, size, bool(sha256), hash_setting, cache)
             found = cache.take(partial, actual, filename)
+            cache.note_origin(actual, url if is_free and is_public(url) else "")
             if not digest:
                 cache.trust(url, actual, size)
     return found
@@ -424,7 +442,7 @@ def find_wheel(wheel: Mapping[str, Any], cache: Cache | str | Path) -> Wheel | N
         return _own_wheel(wheel) if os.path.isfile(os.path.expanduser(str(wheel["path"]))) else None
     digest = known_sha256(str(wheel["url"]), wheel.get("sha256"), cache)
     path = Cache.of(cache).find(digest, wheel_filename(wheel)) if digest else None
-    return _artefact(path, wheel) if path else None
+    return _artefact(path, wheel, cache) if path else None
 
 
 def ensure_wheel(
@@ -451,7 +469,7 @@ def ensure_wheel(
         trust_on_first_use=trust,
         hash_setting=_hash_setting(wheel),
     )
-    return _artefact(path, wheel)
+    return _artefact(path, wheel, cache)
 
 
 def _own_wheel(wheel: Mapping[str, Any]) -> Wheel:
@@ -468,8 +486,9 @@ def _own_wheel(wheel: Mapping[str, Any]) -> Wheel:
     return Artefact(str(wheel["name"]), str(wheel["version"]), file.name, str(file), actual, file.stat().st_size)
 
 
-def _artefact(path: Path, wheel: Mapping[str, Any]) -> Wheel:
+def _artefact(path: Path, wheel: Mapping[str, Any], cache: Cache | str | Path) -> Wheel:
     """Return a file of the cache, whose folder is named by its sha256."""
+    url = str(wheel.get("url") or "")
     return Artefact(
         str(wheel["name"]),
         str(wheel["version"]),
@@ -477,8 +496,25 @@ def _artefact(path: Path, wheel: Mapping[str, Any]) -> Wheel:
         str(path),
         path.parent.name,
         path.stat().st_size,
-        without_userinfo(str(wheel.get("url") or "")),
+        without_userinfo(url),
+        _address(url, path.parent.name, Cache.of(cache)),
     )
+
+
+def _address(url: str, sha256: str, cache: Cache) -> str:
+    """Return where a device may fetch a file of the cache by itself.
+
+    Args:
+        url: what the settings say, "" where they name none.
+        sha256: of the file.
+        cache: the content cache, which knows where the file came from and whether that needed a login; what was put
+            there by hand, or by a bundle, came from nowhere.
+    """
+    origin = cache.origin(sha256)
+    if origin is None:
+        hosts = {urllib.parse.urlsplit(login).hostname for login in _logins}
+        origin = url if is_public(url) and urllib.parse.urlsplit(url).hostname not in hosts else ""
+    return origin if is_public(origin) else ""
 
 
 # ---------------------------------------------------------------- the network
@@ -652,8 +688,12 @@ def _describe(error: Exception) -> str:
     return without_passwords(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
 
 
-def _download(url: str, digest: str | None, filename: str, cache: Cache, tick: Report) -> Path:
-    """Fetch a URL to a file in partial/ and return it. An interrupted fetch of a known checksum is continued."""
+def _download(url: str, digest: str | None, filename: str, cache: Cache, tick: Report) -> tuple[Path, bool]:
+    """Fetch a URL to a file in partial/; an interrupted fetch of a known checksum is continued.
+
+    Returns:
+        The file, and whether anybody may fetch it from there: it was sent without a login.
+    """
     partial = cache.root / "partial" / (hashlib.sha256(f"{url} {digest}".encode()).hexdigest()[:32] + "-" + filename)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if not digest:
@@ -661,8 +701,7 @@ def _download(url: str, digest: str | None, filename: str, cache: Cache, tick: R
     reason = ""
     for attempt in range(ATTEMPTS):
         try:
-            _stream(url, partial, filename, tick)
-            return partial
+            return partial, _stream(url, partial, filename, tick)
         except _network_errors() as error:
             reason = _describe(error)
             if isinstance(error, OSError) and error.errno in (28, 30, 13, 122):
@@ -683,11 +722,11 @@ def _download(url: str, digest: str | None, filename: str, cache: Cache, tick: R
     )
 
 
-def _stream(url: str, partial: Path, filename: str, tick: Report) -> None:
-    """Append the rest of a URL to a file."""
+def _stream(url: str, partial: Path, filename: str, tick: Report) -> bool:
+    """Append the rest of a URL to a file; returns whether it was sent without a login."""
     if urllib.parse.urlsplit(url).scheme == "file":
         _copy(Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)), partial)
-        return
+        return False
     have = partial.stat().st_size if partial.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -697,6 +736,7 @@ def _stream(url: str, partial: Path, filename: str, tick: Report) -> None:
             partial.unlink()
             raise ConnectionError("the partial download does not fit any more")
         response.raise_for_status()
+        is_free = not any("authorization" in step.request.headers for step in [*response.history, response])
         if response.status_code != 206:
             have = 0
         total = have + int(response.headers.get("Content-Length") or 0)
@@ -709,6 +749,7 @@ def _stream(url: str, partial: Path, filename: str, tick: Report) -> None:
             os.fsync(handle.fileno())
     if total and have < total:
         raise ConnectionError(f"the connection ended after {have} of {total} bytes")
+    return is_free
 
 
 # ---------------------------------------------------------------- locks
@@ -719,7 +760,7 @@ def find_locked(entry: Locked, cache: Cache | str | Path) -> Wheel | None:
     for digest in entry.hashes:
         path = Cache.of(cache).find(digest, entry.filename)
         if path is not None:
-            return _artefact(path, vars(entry))
+            return _artefact(path, vars(entry), cache)
     return None
 
 
@@ -737,9 +778,7 @@ def check_lock_fits(entries: Iterable[Locked], target: Target, origin: str) -> N
             )
 
 
-def ensure_locked(
-    entry: Locked, target: Target, cache: Cache | str | Path, progress: Report | None = None
-) -> Wheel:
+def ensure_locked(entry: Locked, target: Target, cache: Cache | str | Path, progress: Report | None = None) -> Wheel:
     """Return the wheel of one line of a lock, fetched from the configured package index where needed.
 
     Raises:
@@ -758,10 +797,10 @@ def ensure_locked(
     for link in links:
         published = _published_sha256(link)
         if published in entry.hashes:
-            return _artefact(_ensure_link(link, str(published), cache, progress), vars(entry))
+            return _artefact(_ensure_link(link, str(published), cache, progress), vars(entry), cache)
     unnamed = [link for link in links if _published_sha256(link) is None]
     if unnamed and len(entry.hashes) == 1:
-        return _artefact(_ensure_link(unnamed[0], entry.hashes[0], cache, progress), vars(entry))
+        return _artefact(_ensure_link(unnamed[0], entry.hashes[0], cache, progress), vars(entry), cache)
     offered = ", ".join(f"{link.filename} (sha256 {_published_sha256(link)})" for link in links) or "no wheel that fits"
     raise _index_problem(wanted, "it has " + offered, expected, entry.hashes[0], cache)
 

@@ -305,7 +305,7 @@ def nowhere(wish: Wish, house: Wheelhouse, known: Supply) -> Problem:
         "import one: ansible-playbook playbooks/wheelhouse.yml -e wheelhouse_action=import …; name a source that has "
         "it: wheelhouse_sources; or "
         if wish.ordinary
-        else "take that setting back; or "
+        else "take back what the reason names, or another version; or "
     )
     return Problem(
         f"no wheel of {wish.component} {wish.version} for class {wish.class_id} in {house.root} or another source{why}",

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from ansible_collections.jetson.mamba.plugins.module_utils import receive
+from ansible_collections.jetson.mamba.plugins.module_utils import download, receive
 from ansible_collections.jetson.mamba.plugins.module_utils.errors import Problem
 
 MODULE = "jetson.mamba.receive_files"
@@ -48,11 +48,13 @@ class Parcel:
         path: where it is on the controller.
         sha256: its checksum, lower-case hex; the device compares it with what arrived.
         name: its plain file name in the delivery.
+        url: where a device may fetch it by itself, "" where that is not known.
     """
 
     path: str
     sha256: str
     name: str
+    url: str = ""
 
 
 @dataclass
@@ -66,6 +68,7 @@ class _Piece:
     names: list[str] = field(default_factory=list)
     members: list[dict[str, str]] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    url: str = ""
 
     def row(self) -> dict[str, Any]:
         """Return it as the device is told of it."""
@@ -75,6 +78,7 @@ class _Piece:
             "names": self.names,
             "members": self.members,
             "parts": self.parts,
+            **({"url": self.url} if self.url else {}),
         }
 
 
@@ -121,8 +125,9 @@ class Courier:
         action: the action plugin that sends (an ansible ActionBase).
         task_vars: the task's variables.
         tmp: folder for transfers on the device (the plan's paths.tmp); made where it is absent and allowed.
-        options: the plan's transfer: rate_limit_kbit (Kbit/s to one device, 0: no limit) and relay (inventory name,
-            "": none). None means what the host's plan says.
+        options: the plan's transfer: rate_limit_kbit (Kbit/s to one device, 0: no limit), relay (inventory name,
+            "": none) and downloads ("device": it fetches by itself what has an address). None means what the host's
+            plan says.
         say: shows one line to the user.
         warn: shows a warning; where None, say does.
     """
@@ -142,10 +147,13 @@ class Courier:
         options = _options(self._vars, options)
         self._rate_kbit = _rate(options)
         self._relay = str(options.get("relay") or "")
+        self._fetches = options.get("downloads") == "device"
         self._say = say
         self._warn = warn or say
         self._host = str(self._vars.get("inventory_hostname", "host"))
         self._incoming = ""
+        # what the device was to fetch by itself: its beginnings may be there, also where it came another way
+        self._tried: list[_Piece] = []
 
     @contextlib.contextmanager
     def delivered(self, parcels: Sequence[Parcel]) -> Iterator[str]:
@@ -163,18 +171,20 @@ class Courier:
         """
         if getattr(getattr(self._action, "_task", None), "check_mode", False):
             raise RuntimeError("nothing is sent in check mode: the action has to return before")
-        folder = self._deliver(_files(parcels))
+        folder = self._deliver(_files(parcels, addresses=self._fetches))
         try:
             yield folder
         finally:
-            self._clear(folder, [])
+            self._clear(folder, self._tried)
 
     def _deliver(self, files: list[_Piece]) -> str:
         """Bring files to the device and return their folder there."""
+        self._tried = []
         pieces = files
         try:
             with as_connecting_user(self._action._connection), tempfile.TemporaryDirectory(prefix="transfer-") as local:
-                pulled = self._pull(files)
+                pulled = self._pull_from_relay(files)
+                pulled |= self._pull_from_internet([file for file in files if file.sha256 not in pulled])
                 pieces = [file for file in files if file.sha256 in pulled]
                 rest = _pack([file for file in files if file.sha256 not in pulled], local)
                 pieces += rest
@@ -183,7 +193,7 @@ class Courier:
                 return self._settle(pieces, local)
         except Problem:
             # a lost connection is no Problem: then the parts stay, and the next run goes on from there
-            self._clear(None, pieces)
+            self._clear(None, [*pieces, *self._tried])
             raise
 
     # ------------------------------------------------------------ from the controller
@@ -274,29 +284,66 @@ class Courier:
                     )
             self._send(pieces, answer["missing"], local)
 
-    # ------------------------------------------------------------ from a relay
+    # ------------------------------------------------------------ fetched by the device itself
 
-    def _pull(self, files: list[_Piece]) -> set[str]:
+    def _pull_from_relay(self, files: list[_Piece]) -> set[str]:
         """Have the device fetch from its relay what that has; returns the sha256 of what it got."""
         store = self._store()
         offered = set(store.get("files") or ())
+        relay = f"the relay {self._relay or self._host}"
+        instead = "is fetched from the internet" if self._fetches else "comes from the controller"
+
+        def failed(reasons: Mapping[str, str]) -> None:
+            for reason in dict.fromkeys(reasons.values()):
+                self._warn(f"{self._host}: {relay} is used no more: {reason}; what is missing {instead}")
+
         wanted = [file for file in files if file.sha256 in offered]
+        return self._pull(wanted, str(store.get("url") or ""), f"fetching from {relay}", failed)
+
+    def _pull_from_internet(self, files: list[_Piece]) -> set[str]:
+        """Have the device fetch what has an address, if it is told to; returns the sha256 of what it got."""
+        if not self._fetches or not files:
+            return set()
+        wanted = [file for file in files if file.url]
+        if len(wanted) < len(files):
+            others = f"{len(files) - len(wanted)} of {len(files)} files"
+            self._say(
+                f"{self._host}: no address that the device may use is known of {others}; the controller sends them"
+            )
+        by_digest = {file.sha256: file for file in wanted}
+
+        def failed(reasons: Mapping[str, str]) -> None:
+            # a server that does not answer is one warning, not one for each of its files
+            for reason in dict.fromkeys(reasons.values()):
+                urls = [by_digest[digest].url for digest, why in reasons.items() if why == reason]
+                what = urls[0] + (f" and {len(urls) - 1} more" if urls[1:] else "")
+                self._warn(f"{self._host}: the device could not fetch {what}: {reason}; taken from the controller")
+
+        return self._pull(wanted, "", "fetching by itself", failed)
+
+    def _pull(self, wanted: list[_Piece], url: str, what: str, failed: Callable[[Mapping[str, str]], None]) -> set[str]:
+        """Have the device fetch files, a while at a time; returns the sha256 of what it got."""
         if not wanted:
             return set()
+        self._tried += wanted
         total = sum(file.size for file in wanted)
-        what = f"{self._host}: fetching from the relay {self._relay or self._host}"
-        had = 0
-        with StillWorking(self._say, lambda: f"{what} {had >> 20} of {total >> 20} MB"):
-            while True:
-                answer = self._ask("pull", wanted, url=store["url"], seconds=PULL_SECONDS)
-                had = sum(answer["had"].values())
-                if answer["trouble"]:
-                    self._warn(
-                        f"{self._host}: the relay {self._relay or self._host} is used no more: {answer['trouble']}; "
-                        "what is missing comes from the controller"
-                    )
-                if answer["trouble"] or len(answer["done"]) == len(wanted):
-                    return set(answer["done"])
+        done: set[str] = set()
+        had: dict[str, int] = {}
+
+        def progress() -> str:
+            return f"{self._host}: {what} {sum(had.values()) >> 20} of {total >> 20} MB"
+
+        if total > ANNOUNCED_BYTES:
+            self._say(progress())
+        with StillWorking(self._say, progress):
+            while wanted:
+                answer = self._ask("pull", wanted, url=url, seconds=PULL_SECONDS)
+                had.update(answer["had"])
+                done.update(answer["done"])
+                if answer["refused"]:
+                    failed(answer["refused"])
+                wanted = [file for file in wanted if file.sha256 not in {*done, *answer["refused"]}]
+        return done
 
     def _store(self) -> Mapping[str, Any]:
         """Return what the relay said of itself; a relay takes from its own store, so the slow line is used once."""
@@ -431,8 +478,12 @@ def check_answer(answer: Mapping[str, Any], module: str, host: str) -> None:
     )
 
 
-def _files(parcels: Sequence[Parcel]) -> list[_Piece]:
+def _files(parcels: Sequence[Parcel], addresses: bool = False) -> list[_Piece]:
     """Return parcels as pieces, one for each content.
+
+    Args:
+        parcels: what is wanted.
+        addresses: whether their addresses may be used; one that could hold a secret never is.
 
     Raises:
         Problem: two parcels have one name; a file is absent.
@@ -451,6 +502,8 @@ def _files(parcels: Sequence[Parcel]) -> list[_Piece]:
         piece = found.setdefault(parcel.sha256, _Piece(parcel.path, parcel.sha256, size, os.path.basename(parcel.path)))
         if parcel.name not in piece.names:
             piece.names.append(parcel.name)
+        if addresses and not piece.url and download.is_public(parcel.url):
+            piece.url = parcel.url
     return list(found.values())
 
 

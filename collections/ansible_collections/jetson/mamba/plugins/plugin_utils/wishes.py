@@ -184,8 +184,9 @@ class Wishes:
     def _components(self, patch_root: Path, progress: Callable[[str], None] | None) -> dict[str, Data]:
         chosen = {}
         kind = "cpu" if str(self.row["sm"]) == "cpu" else "cuda"
-        companions = {name: str(self.settings[f"{name}_version"]) for name in COMPONENTS}
-        for name, version in companions.items():
+        companions = self.companions()
+        for name in COMPONENTS:
+            version = str(self.settings[f"{name}_version"])
             source = self.settings[f"{name}_source"] or None
             try:
                 facts = components.find(name, version)
@@ -212,7 +213,7 @@ class Wishes:
                 "key": key,
                 "project": facts["project"],
                 "modules": list(facts["provides_modules"]),
-                "source": source,
+                "source": dict(source or {}),
                 "source_sha256": archive.sha256,
                 "build_flags": list(flags),
                 "special": special,
@@ -223,6 +224,12 @@ class Wishes:
                 "reinstall": bool(self.settings[f"{name}_reinstall"]),
             }
         return chosen
+
+    def companions(self) -> dict[str, str | None]:
+        """Return what a patch series' conditions may name: the components' versions, and CUDA's (None without)."""
+        cuda = plan.wanted_cuda(self.row, dict(self.settings))
+        versions_of: dict[str, str | None] = {name: str(self.settings[f"{name}_version"]) for name in COMPONENTS}
+        return {**versions_of, "cuda": None if cuda == "none" or str(self.row["sm"]) == "cpu" else cuda}
 
     def _check_targets(self, name: str, archive: sources.SourceArchive) -> None:
         """Note a problem per file of a source that no patch will know once it is built and installed."""
