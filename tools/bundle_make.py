@@ -453,10 +453,12 @@ class Maker:
                 continue
             rows = {}
             for key, row in sorted(self.wheelhouse.manifest(class_id).items()):
-                self.tick(f"verifying {row['filename']}")
+                # a damaged row may lack its file name: look() says what is wrong with it
+                name = row.get("filename") or f"the wheel {key[:12]} of class {class_id}"
+                self.tick(f"verifying {name}")
                 look = self.wheelhouse.look(class_id, key)
                 if look.path is None:
-                    self.collection.left_out.append(f"{row['filename']} of the wheelhouse: {look.fault}")
+                    self.collection.left_out.append(f"{name} of the wheelhouse: {look.fault}")
                     continue
                 rows[key] = row
                 for path in (look.path, look.path.parent / "build.log"):

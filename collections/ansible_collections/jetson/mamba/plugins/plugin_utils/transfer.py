@@ -280,7 +280,8 @@ class Courier:
                     raise Problem(
                         f"{by_digest[digest].label} arrived damaged on {self._host}, also when it was sent again",
                         f"sha256 {digest} on arrival",
-                        "look at the device's storage (dmesg, df -h) and memory, and whether another run sends to it",
+                        "look at the device's storage (dmesg, df -h) and memory, and whether another run sends to it; "
+                        "then run again",
                     )
             self._send(pieces, answer["missing"], local)
 
